@@ -1,0 +1,1 @@
+"""Floor 7. soci-snapshotter-grpc: wiring, configuration, the gRPC edge, logs, restore."""

@@ -1,0 +1,1 @@
+"""Floor 5. Open a lazy layer, fill it span by span, answer reads from it."""

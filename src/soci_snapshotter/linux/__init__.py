@@ -1,0 +1,1 @@
+"""Floor 2. Thin shells over the kernel and the inflate libraries."""

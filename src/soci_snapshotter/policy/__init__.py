@@ -1,0 +1,1 @@
+"""Floor 1. Decisions as pure functions that return a value; somebody else carries it out."""

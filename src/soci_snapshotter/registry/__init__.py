@@ -1,0 +1,1 @@
+"""Floor 3. OCI distribution: HTTP pools, tokens, credentials, ranges, referrers, push."""
