@@ -1,0 +1,23 @@
+from collections.abc import Iterator
+
+import grpc
+from google.protobuf import empty_pb2
+
+from soci_snapshotter.containerd.stubs import images_pb2
+
+class ImagesStub:
+    def __init__(self, channel: grpc.Channel) -> None: ...
+    Get: grpc.UnaryUnaryMultiCallable[images_pb2.GetImageRequest, images_pb2.GetImageResponse]
+    List: grpc.UnaryUnaryMultiCallable[images_pb2.ListImagesRequest, images_pb2.ListImagesResponse]
+    Create: grpc.UnaryUnaryMultiCallable[images_pb2.CreateImageRequest, images_pb2.CreateImageResponse]
+    Update: grpc.UnaryUnaryMultiCallable[images_pb2.UpdateImageRequest, images_pb2.UpdateImageResponse]
+    Delete: grpc.UnaryUnaryMultiCallable[images_pb2.DeleteImageRequest, empty_pb2.Empty]
+
+class ImagesServicer:
+    def Get(self, request: images_pb2.GetImageRequest, context: grpc.ServicerContext) -> images_pb2.GetImageResponse: ...
+    def List(self, request: images_pb2.ListImagesRequest, context: grpc.ServicerContext) -> images_pb2.ListImagesResponse: ...
+    def Create(self, request: images_pb2.CreateImageRequest, context: grpc.ServicerContext) -> images_pb2.CreateImageResponse: ...
+    def Update(self, request: images_pb2.UpdateImageRequest, context: grpc.ServicerContext) -> images_pb2.UpdateImageResponse: ...
+    def Delete(self, request: images_pb2.DeleteImageRequest, context: grpc.ServicerContext) -> empty_pb2.Empty: ...
+
+def add_ImagesServicer_to_server(servicer: ImagesServicer, server: grpc.Server) -> None: ...

@@ -1,0 +1,23 @@
+from collections.abc import Iterator
+
+import grpc
+from google.protobuf import empty_pb2
+
+from soci_snapshotter.containerd.stubs import namespaces_pb2
+
+class NamespacesStub:
+    def __init__(self, channel: grpc.Channel) -> None: ...
+    Get: grpc.UnaryUnaryMultiCallable[namespaces_pb2.GetNamespaceRequest, namespaces_pb2.GetNamespaceResponse]
+    List: grpc.UnaryUnaryMultiCallable[namespaces_pb2.ListNamespacesRequest, namespaces_pb2.ListNamespacesResponse]
+    Create: grpc.UnaryUnaryMultiCallable[namespaces_pb2.CreateNamespaceRequest, namespaces_pb2.CreateNamespaceResponse]
+    Update: grpc.UnaryUnaryMultiCallable[namespaces_pb2.UpdateNamespaceRequest, namespaces_pb2.UpdateNamespaceResponse]
+    Delete: grpc.UnaryUnaryMultiCallable[namespaces_pb2.DeleteNamespaceRequest, empty_pb2.Empty]
+
+class NamespacesServicer:
+    def Get(self, request: namespaces_pb2.GetNamespaceRequest, context: grpc.ServicerContext) -> namespaces_pb2.GetNamespaceResponse: ...
+    def List(self, request: namespaces_pb2.ListNamespacesRequest, context: grpc.ServicerContext) -> namespaces_pb2.ListNamespacesResponse: ...
+    def Create(self, request: namespaces_pb2.CreateNamespaceRequest, context: grpc.ServicerContext) -> namespaces_pb2.CreateNamespaceResponse: ...
+    def Update(self, request: namespaces_pb2.UpdateNamespaceRequest, context: grpc.ServicerContext) -> namespaces_pb2.UpdateNamespaceResponse: ...
+    def Delete(self, request: namespaces_pb2.DeleteNamespaceRequest, context: grpc.ServicerContext) -> empty_pb2.Empty: ...
+
+def add_NamespacesServicer_to_server(servicer: NamespacesServicer, server: grpc.Server) -> None: ...
