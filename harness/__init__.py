@@ -1,0 +1,1 @@
+"""Real containerds, registries and daemons in scratch directories, for tests, demo and bench."""
