@@ -1,0 +1,68 @@
+"""System calls that Python 3.11 lacks, called through libc by ctypes.
+
+Numbers above 424 are the same on every architecture (Linux 5.x unified them); glibc only got wrappers in
+2.36, so these go through syscall(2). Every call releases the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+# include/uapi/asm-generic/unistd.h
+SYS_OPEN_TREE = 428
+SYS_MOVE_MOUNT = 429
+SYS_FSOPEN = 430
+SYS_FSCONFIG = 431
+SYS_FSMOUNT = 432
+
+
+def failure(call: str, path: bytes | str | None = None) -> OSError:
+    """The OSError for the errno that the last call through libc left; `call` opens its message."""
+    code = ctypes.get_errno() or errno.EIO
+    name = os.fsdecode(path) if path is not None else None
+    return OSError(code, f"{call}: {os.strerror(code)}", name)
+
+
+def syscall(name: str, number: int, *arguments: int | bytes | None) -> int:
+    """syscall(2); integers are passed as longs, bytes as NUL-terminated strings, None as NULL. Raises
+    OSError.
+    """
+    converted = [ctypes.c_long(a) if isinstance(a, int) else ctypes.c_char_p(a) for a in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *converted)
+    if result < 0:
+        raise failure(name)
+    return result
+
+
+def mount(source: bytes, target: bytes, fstype: bytes, flags: int, options: bytes) -> None:
+    """mount(2). Raises OSError naming the target."""
+    if _libc.mount(source, target, fstype, ctypes.c_ulong(flags), options) != 0:
+        raise failure(f"mount {fstype.decode()}", target)
+
+
+def umount2(target: bytes, flags: int) -> None:
+    """umount2(2). Raises OSError naming the target."""
+    if _libc.umount2(target, ctypes.c_int(flags)) != 0:
+        raise failure("umount", target)
+
+
+def fsopen(fstype: bytes) -> int:
+    """fsopen(2): a close-on-exec descriptor of a filesystem being configured."""
+    fsopen_cloexec = 1
+    return syscall("fsopen", SYS_FSOPEN, fstype, fsopen_cloexec)
+
+
+def fsconfig(fd: int, command: int, key: bytes | None = None, value: bytes | None = None) -> None:
+    """fsconfig(2): one parameter, or a command, for a descriptor of fsopen."""
+    syscall("fsconfig", SYS_FSCONFIG, fd, command, key, value, 0)
+
+
+def fsmount(fd: int, attributes: int) -> int:
+    """fsmount(2): a close-on-exec descriptor of a mount that is in no mount table."""
+    fsmount_cloexec = 1
+    return syscall("fsmount", SYS_FSMOUNT, fd, fsmount_cloexec, attributes)

@@ -1,0 +1,241 @@
+"""The FUSE loop: one flat file per lazy layer, in one detached mount.
+
+Reader threads share the ONE descriptor (a clone's requests would fail when its holder dies). They never wait:
+a file that lacks the bytes parks the request and returns None; whoever brings the bytes calls reply(). Two
+threads are enough for that reason.
+
+Ending: a thread blocked in read(2) of /dev/fuse cannot be interrupted from Python, and polling would cost two
+more system calls per request. So close() makes one LOOKUP of a reserved name per thread, and each thread ends
+after answering one.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+from soci_snapshotter.errors import Invalid, SociError
+from soci_snapshotter.formats import fusemsg
+from soci_snapshotter.formats.digest import Buffer
+from soci_snapshotter.formats.fusemsg import IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
+from soci_snapshotter.linux.fusedev import Connection
+
+_log = logging.getLogger(__name__)
+
+FIRST_NODE = 16  # below are the root (1) and room for nodes of our own
+FILE_MODE = stat.S_IFREG | 0o400
+ROOT_MODE = stat.S_IFDIR | 0o500
+_END = b"end"  # no decimal number, hence never a file
+_NO_REPLY = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
+
+
+class FlatFile(Protocol):
+    """What one node serves: `size` bytes (a multiple of 512), never changing."""
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+
+    def read(self, unique: int, offset: int, size: int) -> Buffer | None:
+        """Exactly `size` bytes at `offset` (always inside the file), or None: parked, reply() follows later.
+
+        Runs on a reader thread and must not block on anything but a local disk. An OSError (or a SociError)
+        raised becomes the reader's errno.
+        """
+
+
+class FuseServer:
+    """Serves flat files on a FUSE connection; its reader threads run between __enter__ and __exit__.
+
+    Files may be added and removed at any time, but those of a connection taken over must be there before it
+    is entered: what was in flight is resent at once. Whoever calls reply() is stopped before the server is
+    left. `on_release(node_id)` runs on a reader thread when the last handle known to be open on a node
+    closes: it must not block. Node ids are never given to another file: the kernel remembers them.
+    """
+
+    def __init__(
+        self, connection: Connection, *, threads: int = 2, on_release: Callable[[int], None] | None = None
+    ) -> None:
+        self._connection = connection
+        self._fd = connection.fuse_fd
+        self._files: dict[int, FlatFile] = {}
+        self._opens: dict[int, int] = {}
+        self._lock = threading.Lock()  # guards _opens
+        self._on_release = on_release
+        self._ending = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"fuse-{number}", daemon=True)
+            for number in range(threads)
+        ]
+
+    def __enter__(self) -> FuseServer:
+        if not self._connection.fresh:
+            # Before any reader: afterwards it would ask again for what this process is already working on.
+            os.write(self._fd, fusemsg.notification(fusemsg.NOTIFY_RESEND))
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reader threads. The connection stays open; requests queue for whoever serves it next."""
+        if self._ending:
+            return
+        self._ending = True
+        for thread in self._threads:
+            if thread.is_alive():
+                try:
+                    os.stat(_END, dir_fd=self._connection.mount_fd, follow_symlinks=False)
+                except OSError:
+                    pass  # ENOENT from a thread that ends now; ENOTCONN when the connection is gone
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def add(self, node_id: int, file: FlatFile, *, opens: int = 0) -> None:
+        """Serve `file` as `node_id` (16 and up); `opens` handles on it are known from before a takeover."""
+        if node_id < FIRST_NODE or file.size % 512:
+            raise Invalid(
+                f"flat file {node_id} of {file.size} bytes: ids begin at 16, sizes are multiples of 512"
+            )
+        if opens:
+            with self._lock:
+                self._opens[node_id] = opens
+        self._files[node_id] = file
+
+    def remove(self, node_id: int) -> None:
+        """Forget a file: reads of it fail with EIO from now on."""
+        self._files.pop(node_id, None)
+        with self._lock:
+            self._opens.pop(node_id, None)
+
+    def path_of(self, node_id: int) -> bytes:
+        """Where this process (and a mount(2) it makes) finds the file, until the mount descriptor closes."""
+        return b"/proc/self/fd/%d/%d" % (self._connection.mount_fd, node_id)
+
+    def reply(self, unique: int, data: Buffer) -> None:
+        """Answer a parked READ with all its bytes; `data` has items of one byte. Any thread may call it."""
+        self._send(OUT_HEADER.pack(OUT_HEADER_SIZE + len(data), 0, unique), data)
+
+    def reply_error(self, unique: int, code: int) -> None:
+        """Answer a parked READ with an errno, a positive number."""
+        self._send(fusemsg.error_reply(unique, code), b"")
+
+    def _send(self, header: bytes, body: Buffer) -> None:
+        try:
+            os.writev(self._fd, (header, body))
+        except OSError as problem:
+            # ENOENT: the reader was killed, or a resent request is answered a second time. ENODEV: aborted.
+            if problem.errno not in {errno.ENOENT, errno.ENODEV}:
+                _log.error(
+                    "FUSE reply refused by the kernel", extra={"errno": problem.errno, "bytes": len(body)}
+                )
+
+    def _serve(self) -> None:
+        fd, peek = self._fd, fusemsg.PEEK.unpack_from
+        buffer = bytearray(fusemsg.READ_BUFFER)
+        targets = [buffer]
+        read_opcode = int(Opcode.READ)
+        while True:
+            try:
+                length = os.readv(fd, targets)
+            except OSError as problem:
+                if problem.errno in {errno.ENOENT, errno.EAGAIN}:
+                    continue  # the request was taken back while being read
+                if problem.errno != errno.ENODEV:
+                    _log.error("reading /dev/fuse failed", extra={"errno": problem.errno})
+                return
+            _, opcode, unique, node, offset, size = peek(buffer)
+            if opcode == read_opcode:
+                self._read(unique, node, offset, size)
+            elif not self._other(opcode, unique, node, bytes(buffer[IN_HEADER_SIZE:length])):
+                return
+
+    def _read(self, unique: int, node: int, offset: int, size: int) -> None:
+        file = self._files.get(node)
+        if file is None:
+            self.reply_error(unique, errno.EIO)
+            return
+        left = file.size - offset
+        try:
+            data = file.read(unique, offset, size if size <= left else left) if left > 0 else b""
+        except (OSError, SociError) as problem:
+            self.reply_error(unique, problem.errno or errno.EIO)
+        except Exception:
+            _log.exception("reading a flat file failed", extra={"node": node, "offset": offset, "size": size})
+            self.reply_error(unique, errno.EIO)
+        else:
+            if data is not None:
+                self._send(OUT_HEADER.pack(OUT_HEADER_SIZE + len(data), 0, unique), data)
+
+    def _other(self, opcode: int, unique: int, node: int, body: bytes) -> bool:
+        """Answer anything but READ; False when this thread is to end."""
+        if opcode in _NO_REPLY:
+            return True
+        if opcode == Opcode.LOOKUP:
+            name = fusemsg.name_in(body)
+            answer = self._lookup(node, name)
+            if answer is None:
+                self.reply_error(unique, errno.ENOENT)
+                return not (self._ending and name == _END)
+        elif opcode == Opcode.GETATTR:
+            answer = self._attributes(node)
+        elif opcode == Opcode.OPEN:
+            answer = self._open(node)
+        elif opcode == Opcode.STATFS:
+            answer = fusemsg.statfs_out()
+        elif opcode in {Opcode.RELEASE, Opcode.FLUSH, Opcode.DESTROY}:
+            answer = b""
+        else:
+            self.reply_error(unique, errno.ENOSYS)
+            return True
+        if answer is None:
+            self.reply_error(unique, errno.ESTALE)
+        else:
+            self.reply(unique, answer)
+        if opcode == Opcode.RELEASE:
+            self._release(node)
+        return True
+
+    def _lookup(self, parent: int, name: bytes) -> bytes | None:
+        node = int(name) if name.isdigit() and len(name) < 20 and not name.startswith(b"0") else 0
+        file = self._files.get(node)
+        if parent != fusemsg.ROOT_ID or file is None:
+            return None
+        return fusemsg.entry_out(node, FILE_MODE, file.size)
+
+    def _attributes(self, node: int) -> bytes | None:
+        if node == fusemsg.ROOT_ID:
+            return fusemsg.attr_out(node, ROOT_MODE, 0)
+        file = self._files.get(node)
+        return None if file is None else fusemsg.attr_out(node, FILE_MODE, file.size)
+
+    def _open(self, node: int) -> bytes | None:
+        if node not in self._files:
+            return None
+        with self._lock:
+            self._opens[node] = self._opens.get(node, 0) + 1
+        return fusemsg.open_out(node)  # the handle is the node: nothing to remember across a restart
+
+    def _release(self, node: int) -> None:
+        with self._lock:
+            left = self._opens.get(node, 0) - 1
+            if left > 0:
+                self._opens[node] = left
+                return
+            self._opens.pop(node, None)
+        if self._on_release is not None:
+            try:
+                self._on_release(node)
+            except Exception:
+                _log.exception("on_release failed", extra={"node": node})
