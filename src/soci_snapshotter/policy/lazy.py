@@ -1,0 +1,75 @@
+"""The values that pass between the snapshotter and whoever makes lazy layers (snapshotter/ports.py has the verbs).
+
+They live on this floor because layers/ makes them and snapshotter/, above it, reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Disk usage of one snapshot: `size` in bytes allocated, `inodes` each counted once."""
+
+    size: int = 0
+    inodes: int = 0
+
+
+@dataclass(frozen=True)
+class LocalLower:
+    """A parent unpacked by containerd: the absolute path of its top directory."""
+
+    path: bytes
+
+
+@dataclass(frozen=True)
+class LazyLower:
+    """A parent that is a lazy mount."""
+
+    mount_id: int
+
+
+Lower: TypeAlias = LocalLower | LazyLower
+
+
+@dataclass(frozen=True)
+class LazyRequest:
+    """One layer that containerd would like not to unpack.
+
+    `target` is the chain ID the layer gives on top of its parents (label snapshot.ref); `parent_chain_id` is the
+    parent's own, "" without a parent, None when the parent does not say. `parent_chain` is topmost first.
+    `image_layers` is containerd's list of the image's layer digests, possibly cut short, possibly empty.
+    `index_digest` is the SOCI index a label asks for explicitly.
+    """
+
+    namespace: str
+    image_ref: str
+    manifest_digest: str
+    layer_digest: str
+    image_layers: tuple[str, ...]
+    index_digest: str | None
+    target: str
+    parent_chain_id: str | None
+    parent_chain: tuple[Lower, ...]
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LazyLayer:
+    """A mounted lazy layer: one reference on `mount_id`. `labels` are added to the committed snapshot's."""
+
+    layer_key: str
+    mount_id: int
+    size: int
+    inodes: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Declined:
+    """No lazy layer, for this ordinary reason (no index, no ztoc for the layer): containerd unpacks it."""
+
+    reason: str

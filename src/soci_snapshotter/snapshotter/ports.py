@@ -1,0 +1,34 @@
+"""What the snapshotter needs from whoever makes lazy layers.
+
+References are counted on the other side of this interface: every LazyLayer that `prepare` returns is one
+reference on its mount id, and every id given to `release` takes one back. After a restart the references are
+the rows, nothing else: `Snapshotter.lazy_rows()` lists them, a mount once for each row that shares it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..policy.lazy import Declined, LazyLayer, LazyLower, LazyRequest, LocalLower, Lower, Usage
+
+__all__ = ["Declined", "LazyLayer", "LazyLayers", "LazyLower", "LazyRequest", "LocalLower", "Lower", "Usage"]
+
+
+class LazyLayers(Protocol):
+    """Makes, finds and drops lazy layers. Called from many threads, never under the snapshotter's lock."""
+
+    def prepare(self, request: LazyRequest) -> LazyLayer | Declined:
+        """Mount the layer. Bounded in time; a SociError means the try failed, and nothing is left of it."""
+
+    def lowerdir(self, mount_id: int) -> bytes:
+        """The path to hand out now for this mount. Raises Remote when the layer cannot be reached."""
+
+    def usage(self, mount_id: int) -> Usage:
+        """What the layer takes on disk now."""
+
+    def release(self, mount_ids: Sequence[int]) -> None:
+        """Take back one reference for each id; their rows are gone. What nobody refers to is unmounted."""
+
+    def returned(self, paths: frozenset[bytes]) -> None:
+        """No active or view snapshot holds these lowerdirs any longer: a superseded mount there may go."""
