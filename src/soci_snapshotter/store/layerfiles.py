@@ -1,0 +1,248 @@
+"""The files of one lazy layer, and what may be believed of them after a crash.
+
+    <root>/layers/<layer hex>/<ztoc hex>/
+        data.tar          sparse; the uncompressed tar at its own offsets
+        spans.live        one byte per span behind a header with the boot id: 1 after pwrite
+        spans.durable     the same with a checksum, written only after fdatasync(data.tar)
+        meta-<h>.erofs    names, inodes, xattrs; h = hash of what the directories inherit
+        layer.json        LayerRecord
+
+A mark in spans.live is believed only within the boot that wrote it: the page cache survives a killed process, not a
+power loss. Writers set the mark after the data is in the page cache; `make_durable` moves marks to spans.durable after
+the data is on the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from soci_snapshotter.errors import Integrity, NotFound
+from soci_snapshotter.formats.digest import Digest, from_hex
+
+_LIVE_MAGIC = b"SOCILIV1"
+_DURABLE_MAGIC = b"SOCIDUR1"
+_HEADER = struct.Struct("<8s36sI")  # magic, boot id as /proc prints it, number of spans
+_RECORD_LIMIT = 1 << 20  # layer.json holds two digests and a few references; 1 MiB is three orders above
+_MAX_SOURCES = 16  # references that are known to serve the layer; the newest are kept
+
+
+class LayerRecord(msgspec.Struct, frozen=True):
+    """What layer.json says; everything else is derived from the ztoc."""
+
+    layer_digest: str
+    ztoc_digest: str
+    node_id: int
+    """The FUSE node of data.tar: persistent, since EROFS mounts outlive the daemon."""
+    data_size: int
+    """Bytes of data.tar, a multiple of 512."""
+    sources: tuple[str, ...]
+    """Image references whose repository serves the layer, newest first."""
+    mounts: dict[str, int]
+    """meta hash -> n of the mount m/<n>."""
+
+    def with_source(self, reference: str) -> LayerRecord:
+        rest = tuple(source for source in self.sources if source != reference)
+        return msgspec.structs.replace(self, sources=(reference, *rest)[:_MAX_SOURCES])
+
+    def with_mount(self, meta_hash: str, number: int) -> LayerRecord:
+        return msgspec.structs.replace(self, mounts={**self.mounts, meta_hash: number})
+
+    def without_mount(self, number: int) -> LayerRecord:
+        return msgspec.structs.replace(self, mounts={h: n for h, n in self.mounts.items() if n != number})
+
+
+def boot_id() -> bytes:
+    """This boot's id, 36 bytes (random(4), /proc/sys/kernel/random/boot_id)."""
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return file.read(36)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash leaves the old content or the new, on the disk when this returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names in `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def layer_directory(root: Path, layer: Digest, ztoc: Digest) -> Path:
+    """Where the files of (layer, ztoc) live: whoever names both shares them, nobody else."""
+    return root / "layers" / layer.hex / ztoc.hex
+
+
+def read_record(directory: Path) -> LayerRecord:
+    """layer.json of `directory`. Raises NotFound, or Integrity when it cannot be one."""
+    path = directory / "layer.json"
+    try:
+        if path.stat().st_size > _RECORD_LIMIT:
+            raise Integrity(f"{path}: too large for a layer record")
+        record = msgspec.json.decode(path.read_bytes(), type=LayerRecord)
+    except FileNotFoundError:
+        raise NotFound(f"{path}: no such layer record") from None
+    except msgspec.MsgspecError as error:
+        raise Integrity(f"{path}: not a layer record: {error}") from None
+    if record.layer_digest != from_hex(directory.parent.name) or record.ztoc_digest != from_hex(directory.name):
+        raise Integrity(f"{path}: names another layer or ztoc than its directory")
+    return record
+
+
+def write_record(directory: Path, record: LayerRecord) -> None:
+    """Write layer.json durably."""
+    write_atomically(directory / "layer.json", msgspec.json.encode(record))
+
+
+def scan(root: Path) -> Iterator[Path]:
+    """Every layer directory under `root`, whether its record can be read or not."""
+    top = root / "layers"
+    if not top.is_dir():
+        return
+    for layer in sorted(top.iterdir()):
+        if layer.is_dir():
+            yield from sorted(entry for entry in layer.iterdir() if entry.is_dir())
+
+
+class SpanFile:
+    """data.tar of one layer and the marks of the spans in it. Thread safe; a context manager."""
+
+    def __init__(self, directory: Path, spans: int, data_size: int, boot: bytes) -> None:
+        """Open or create. `spans` and `data_size` (bytes) come from the ztoc; marks that do not fit are dropped."""
+        self.directory = directory
+        self.data_size = data_size
+        self._boot = boot
+        self._fd = os.open(directory / "data.tar", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(self._fd, data_size)
+            self._durable = self._read_durable(spans)
+            live = self._read_live(spans)
+            self.live = bytearray(live if live is not None else self._durable)
+            """One byte per span, 1 = its bytes are in data.tar. Read without a lock; written by `mark` only."""
+            self._live_fd = os.open(directory / "spans.live", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        if live is None:
+            self._rewrite_live()
+        self.epoch = 0
+        """Counts failed write-backs: bytes written or read before one may not be believed after it."""
+        self._mark_lock = threading.Lock()
+        self._sync_lock = threading.Lock()  # one make_durable at a time; held over I/O on purpose, nobody else takes it
+        self.unsynced = 0
+        """Bytes written since the last success of `make_durable`, roughly (several writers, no lock)."""
+
+    def __enter__(self) -> SpanFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; marks stay as they are on disk."""
+        os.close(self._fd)
+        os.close(self._live_fd)
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of data.tar, for pread."""
+        return self._fd
+
+    def has(self, first: int, last: int) -> bool:
+        """Whether spans first..last (inclusive) are all here."""
+        return self.live.find(0, first, last + 1) < 0
+
+    def write(self, span: int, offset: int, data: memoryview) -> None:
+        """Put the verified bytes of `span` at `offset` and mark it. Raises OSError; then nothing is marked."""
+        epoch = self.epoch
+        position = 0
+        while position < len(data):
+            position += os.pwrite(self._fd, data[position:], offset + position)
+        self._mark(span, epoch)
+        self.unsynced += len(data)
+
+    def _mark(self, span: int, epoch: int) -> None:
+        """Say that the bytes of `span` are in data.tar: on disk first (it survives our own death), then in memory."""
+        os.pwrite(self._live_fd, b"\x01", _HEADER.size + span)
+        with self._mark_lock:
+            if self.epoch == epoch:
+                self.live[span] = 1
+                return
+        os.pwrite(self._live_fd, b"\x00", _HEADER.size + span)
+        raise OSError(errno.EIO, f"{self.directory}: the disk lost writes while span {span} was written")
+
+    def make_durable(self) -> int:
+        """fdatasync, then write spans.durable. Returns how many spans are durable.
+
+        When the kernel reports a failed write-back, it may already have dropped the dirty pages: every mark since the
+        last success is taken back, and OSError is raised. Readers then fetch those spans again.
+        """
+        with self._sync_lock:
+            marks = bytes(self.live)
+            self.unsynced = 0
+            if marks == self._durable:
+                return sum(marks)
+            try:
+                os.fdatasync(self._fd)
+            except OSError:
+                with self._mark_lock:
+                    self.epoch += 1
+                    self.live[:] = self._durable
+                self._rewrite_live()
+                raise
+            body = _HEADER.pack(_DURABLE_MAGIC, b"", len(marks)) + marks
+            write_atomically(self.directory / "spans.durable", body + hashlib.sha256(body).digest())
+            self._durable = marks
+            return sum(marks)
+
+    def _rewrite_live(self) -> None:
+        os.pwrite(self._live_fd, bytes(self.live), _HEADER.size)
+        os.ftruncate(self._live_fd, _HEADER.size + len(self.live))
+        os.pwrite(self._live_fd, _HEADER.pack(_LIVE_MAGIC, self._boot, len(self.live)), 0)
+
+    def _read_live(self, spans: int) -> bytes | None:
+        raw = _read_small(self.directory / "spans.live", _HEADER.size + spans)
+        if raw is None or raw[: _HEADER.size] != _HEADER.pack(_LIVE_MAGIC, self._boot, spans):
+            return None
+        return _marks(raw[_HEADER.size :])
+
+    def _read_durable(self, spans: int) -> bytes:
+        raw = _read_small(self.directory / "spans.durable", _HEADER.size + spans + 32)
+        if raw is None or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+            return bytes(spans)
+        if raw[: _HEADER.size] != _HEADER.pack(_DURABLE_MAGIC, b"", spans):
+            return bytes(spans)
+        return _marks(raw[_HEADER.size : -32])
+
+
+def _read_small(path: Path, size: int) -> bytes | None:
+    """The file's content if it is exactly `size` bytes, else None."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(size + 1)
+    except FileNotFoundError:
+        return None
+    return raw if len(raw) == size else None
+
+
+def _marks(raw: bytes) -> bytes:
+    """Only the value 1 counts as a mark: a torn or foreign byte is a span that is fetched again."""
+    return bytes(1 if value == 1 else 0 for value in raw)
