@@ -1,6 +1,7 @@
-"""The values that pass between the snapshotter and whoever makes lazy layers (snapshotter/ports.py has the verbs).
+"""The values that pass between the snapshotter and whoever makes lazy layers.
 
-They live on this floor because layers/ makes them and snapshotter/, above it, reads them.
+snapshotter/ports.py has the verbs. The values live on this floor because layers/ makes them and snapshotter/,
+above it, reads them.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ Lower: TypeAlias = LocalLower | LazyLower
 class LazyRequest:
     """One layer that containerd would like not to unpack.
 
-    `target` is the chain ID the layer gives on top of its parents (label snapshot.ref); `parent_chain_id` is the
-    parent's own, "" without a parent, None when the parent does not say. `parent_chain` is topmost first.
+    `target` is the chain ID the layer gives on top of its parents (label snapshot.ref); `parent_chain_id` is
+    the parent's own, "" without a parent, None when the parent does not say. `parent_chain` is topmost first.
     `image_layers` is containerd's list of the image's layer digests, possibly cut short, possibly empty.
     `index_digest` is the SOCI index a label asks for explicitly.
     """

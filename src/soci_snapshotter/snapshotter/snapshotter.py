@@ -1,0 +1,296 @@
+"""The verbs of containerd's snapshots service.
+
+containerd asks for a chain of snapshots, one a layer, bottom first. For each it calls Prepare with the target
+chain ID as a label. A lazy layer is committed there and then, under a name of ours, and AlreadyExists tells
+containerd to look for the committed snapshot with that label and parent; else it gets mounts, unpacks there
+and calls Commit. Rows are in SnapshotStore, whose lock is never held while anything else is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+from ..errors import AlreadyExists, Precondition, Remote, SociError
+from ..formats import snapfilter
+from ..policy import prepare as policy
+from ..store.snapshots import Kind, Link, Snapshot, SnapshotStore
+from .directories import Directories
+from .flight import Flights
+from .mounts import Mount, Stack, mounts
+from .ports import Declined, LazyLayer, LazyLayers, LazyLower, LazyRequest, LocalLower, Lower, Usage
+
+_log = logging.getLogger(__name__)
+
+# Keys of log lines that users of the Go daemon count (its remote snapshot log monitor).
+_LOG_REMOTE = "remote-snapshot-prepared"
+_LOG_LOCAL = "local-snapshot-prepared"
+_LOG_DEFER = "defer-snapshot-runtime"
+
+
+class Snapshotter:
+    """Snapshots under `root` (metadata.sqlite, snapshots/). A context manager; every verb is thread safe.
+
+    `lazy` makes lazy layers; without it every layer is left to containerd. Errors are those that containerd's
+    own snapshotters give (NotFound, AlreadyExists, Invalid, Precondition), and Remote from a stack with a lazy
+    layer that cannot be reached.
+    """
+
+    def __init__(
+        self,
+        root: bytes,
+        *,
+        lazy: LazyLayers | None = None,
+        options: policy.Options | None = None,
+        overlay_options: Sequence[str] = (),
+    ) -> None:
+        self._lazy = lazy
+        self._options = options or policy.Options()
+        self._overlay_options = tuple(overlay_options)
+        self._directories = Directories(root)
+        self._store = SnapshotStore(os.path.join(root, b"metadata.sqlite"))
+        self._flights: Flights[str | None] = Flights()
+        self._making_lock = threading.Lock()
+        self._making: set[int] = set()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Snapshotter:
+        self._stack.enter_context(self._store)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def stat(self, key: str) -> Snapshot:
+        """The snapshot with this key or name."""
+        return self._store.get(key)
+
+    def update(self, key: str, labels: Mapping[str, str], paths: Sequence[str] = ()) -> Snapshot:
+        """Change labels: all of them, or those that the field mask `paths` names."""
+        return self._store.update(key, labels, paths)
+
+    def walk(self, filters: Sequence[str] = ()) -> Iterator[Snapshot]:
+        """The snapshots that any of containerd's filters matches; raises Invalid before the first."""
+        parsed = snapfilter.parse(filters)
+        rows = self._store.walk(target=parsed.required(("labels", policy.TARGET)))
+        return (row for row in rows if parsed.matches(_lookup(row)))
+
+    def usage(self, key: str) -> Usage:
+        """Of an active snapshot what it takes now, of a lazy one what is on disk now, else as committed."""
+        row = self._store.get(key)
+        if row.kind == Kind.ACTIVE:
+            return self._directories.usage(row.id)
+        if row.mount_id is not None and self._lazy is not None:
+            return self._lazy.usage(row.mount_id)
+        return row.usage
+
+    def prepare(
+        self, key: str, parent: str, labels: Mapping[str, str], *, namespace: str = ""
+    ) -> tuple[Mount, ...]:
+        """An active snapshot; or AlreadyExists when a committed one for the label snapshot.ref is there."""
+        decision = policy.decide(key, labels, namespace=namespace, options=self._options)
+        if isinstance(decision, policy.Ordinary):
+            return self._create(Kind.ACTIVE, key, parent, labels)
+        fields = {"key": key, "parent": parent}
+        if isinstance(decision, policy.TryLazy):
+            reason = self._try_lazy(key, parent, labels, decision)
+            if reason is None:
+                _log.info("prepared remote snapshot", extra={**fields, _LOG_REMOTE: "true"})
+                raise AlreadyExists(f"target snapshot {decision.target!r} is prepared")
+        else:
+            reason = decision.reason
+        made = self._create(Kind.ACTIVE, key, parent, labels)
+        _log.info("leaving the layer to containerd", extra={**fields, "reason": reason, _LOG_DEFER: "true"})
+        return made
+
+    def view(self, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
+        """A read-only snapshot of `parent`."""
+        return self._create(Kind.VIEW, key, parent, labels)
+
+    def mounts(self, key: str) -> tuple[Mount, ...]:
+        """The mounts of an active or view snapshot; Remote while one of its lazy layers cannot be reached."""
+        row = self._store.get(key)
+        if row.kind == Kind.COMMITTED:
+            raise Precondition(f"snapshot {key!r} is committed: only active and view snapshots have mounts")
+        _, chain = self._store.chain(row.parent)
+        return self._give_mounts(row, chain)
+
+    def commit(self, key: str, name: str, labels: Mapping[str, str], *, parent: str = "") -> None:
+        """Turn the active `key` into the committed `name`."""
+        row = self._store.get(key)
+        if row.kind != Kind.ACTIVE:
+            raise Precondition(f"cannot commit snapshot {key!r}: it is not active")
+        usage = self._directories.usage(row.id)
+        _, returned = self._store.commit(key, name, labels, usage, parent)
+        self._tidy((), returned)
+
+    def remove(self, key: str) -> None:
+        """Forget a snapshot; its key can be used again at once. Its directory goes at cleanup."""
+        removed = self._store.remove(key)
+        mount_id = removed.snapshot.mount_id
+        self._tidy(() if mount_id is None else (mount_id,), removed.returned)
+
+    def cleanup(self) -> None:
+        """Remove the directories of snapshots that are no more, or that a crash left unborn."""
+        listed = self._directories.listed()
+        # In this order: a directory leaves _making only after its row is there.
+        with self._making_lock:
+            making = frozenset(self._making)
+        self._directories.remove_others(listed, making | self._store.ids())
+
+    def lazy_rows(self) -> list[tuple[int, str]]:
+        """(mount id, layer key) of every lazy snapshot: the references that a restart starts from."""
+        return self._store.lazy_rows()
+
+    def handed_out(self) -> frozenset[bytes]:
+        """Every lazy lowerdir that an active or view snapshot was given and may still mount."""
+        return self._store.handed_out()
+
+    def _try_lazy(
+        self, key: str, parent: str, labels: Mapping[str, str], wanted: policy.TryLazy
+    ) -> str | None:
+        """None when a committed snapshot for the target exists now, else why not, for the log."""
+        top, chain = self._store.chain(parent)
+        lazy = self._lazy
+        if lazy is None:
+            return "this daemon makes no lazy layers"
+        request = LazyRequest(
+            namespace=wanted.namespace,
+            image_ref=wanted.image_ref,
+            manifest_digest=wanted.manifest_digest,
+            layer_digest=wanted.layer_digest,
+            image_layers=wanted.image_layers,
+            index_digest=wanted.index_digest,
+            target=wanted.target,
+            parent_chain_id=policy.chain_id_of(top.key, top.labels) if top else "",
+            parent_chain=tuple(self._lower(link) for link in chain),
+            labels=dict(labels),
+        )
+        flight = (top.id if top else 0, wanted.target)
+        return self._flights.run(flight, lambda: self._lazily(lazy, request, parent))
+
+    def _lazily(self, lazy: LazyLayers, request: LazyRequest, parent: str) -> str | None:
+        if self._store.find_target(parent, request.target) is not None:
+            return None
+        try:
+            layer = lazy.prepare(request)
+        except (SociError, OSError) as error:
+            _log.warning(
+                "failed to prepare remote snapshot",
+                extra={"layer": request.layer_digest, "error": str(error), _LOG_REMOTE: "false"},
+            )
+            return f"the lazy try failed: {error}"
+        if isinstance(layer, Declined):
+            return layer.reason
+        try:
+            self._commit_lazy(request, parent, layer)
+        except AlreadyExists:
+            self._tidy((layer.mount_id,), frozenset())
+        except BaseException:
+            self._tidy((layer.mount_id,), frozenset())
+            raise
+        return None
+
+    def _commit_lazy(self, request: LazyRequest, parent: str, layer: LazyLayer) -> None:
+        snapshot_id = self._store.reserve()
+        labels = {
+            **request.labels,
+            policy.REMOTE: "remote snapshot",
+            policy.REMOTE_NAMESPACE: request.namespace,
+            policy.HAS_INDEX: "true",
+            **layer.labels,
+        }
+        # No namespace can have this form, so the name is nobody's key.
+        name = f"lazy:{snapshot_id}/{request.target}"
+        self._store.commit_lazy(snapshot_id, name, parent=parent, labels=labels, layer=layer)
+
+    def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
+        _, chain = self._store.chain(parent)
+        lowers = self._lowerdirs(chain)
+        with self._new_id() as snapshot_id:
+            self._directories.make(snapshot_id, work=kind == Kind.ACTIVE, like=lowers[0] if lowers else None)
+            given = _lazy_ones(chain, lowers)
+            row = self._store.create(snapshot_id, key, parent=parent, kind=kind, labels=labels, given=given)
+        return self._give_mounts(row, chain)
+
+    @contextmanager
+    def _new_id(self) -> Iterator[int]:
+        """An id whose directory cleanup leaves alone until the row is there; on failure it goes at once."""
+        snapshot_id = self._store.reserve()
+        with self._making_lock:
+            self._making.add(snapshot_id)
+        try:
+            yield snapshot_id
+        except BaseException:
+            self._directories.remove(snapshot_id)
+            raise
+        finally:
+            with self._making_lock:
+                self._making.discard(snapshot_id)
+
+    def _give_mounts(self, row: Snapshot, chain: Sequence[Link]) -> tuple[Mount, ...]:
+        """Note lazy lowerdirs as given before handing them out, and look again: none may go in between."""
+        lowers = self._lowerdirs(chain)
+        while self._store.give(row.id, _lazy_ones(chain, lowers)):
+            lowers = self._lowerdirs(chain)
+        directories = self._directories
+        texts = tuple(os.fsdecode(path) for path in lowers)
+        stack = Stack(row.kind, directories.upper(row.id), directories.work(row.id), texts)
+        return mounts(stack, self._overlay_options)
+
+    def _lower(self, link: Link) -> Lower:
+        if link.mount_id is None:
+            return LocalLower(self._directories.upper(link.id).encode())
+        return LazyLower(link.mount_id)
+
+    def _lowerdirs(self, chain: Sequence[Link]) -> list[bytes]:
+        paths = []
+        for link in chain:
+            lower = self._lower(link)
+            if isinstance(lower, LocalLower):
+                paths.append(lower.path)
+            elif self._lazy is None:
+                raise Remote(f"snapshot {link.id} is a lazy layer, and this daemon runs without lazy layers")
+            else:
+                paths.append(self._lazy.lowerdir(lower.mount_id))
+        return paths
+
+    def _tidy(self, mount_ids: Sequence[int], returned: frozenset[bytes]) -> None:
+        """Tell the layers what nobody needs. The rows are gone: a failure is for the log, not the caller."""
+        if self._lazy is None:
+            return
+        steps: list[Callable[[], None]] = []
+        lazy = self._lazy
+        if mount_ids:
+            steps.append(lambda: lazy.release(mount_ids))
+        if returned:
+            steps.append(lambda: lazy.returned(returned))
+        for step in steps:
+            try:
+                step()
+            except (SociError, OSError) as error:
+                _log.warning("cannot drop lazy layer", extra={"error": str(error)})
+
+
+def _lazy_ones(chain: Sequence[Link], lowers: Sequence[bytes]) -> list[bytes]:
+    return [path for link, path in zip(chain, lowers, strict=True) if link.mount_id is not None]
+
+
+def _lookup(row: Snapshot) -> snapfilter.Lookup:
+    """The fields that containerd's filters can name: kind, name, parent, labels.<label>."""
+
+    def lookup(path: tuple[str, ...]) -> str | None:
+        if path[0] == "kind":
+            return row.kind.name.lower()
+        if path[0] == "name":
+            return row.key
+        if path[0] == "parent":
+            return row.parent
+        if path[0] == "labels":
+            return row.labels.get(".".join(path[1:]))
+        return None
+
+    return lookup
