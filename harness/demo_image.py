@@ -1,9 +1,10 @@
 """A real image for the demo and the benches: Debian, compilers, Python, numeric libraries, a small program.
 
-Five layers, as a Dockerfile would make them: debootstrap, two times `apt-get install`, `pip install`, `COPY app`.
-Each stage is an overlayfs upper directory, archived by GNU tar and compressed by GNU gzip or by pigz. The result is
-an OCI image layout. Packages come from Debian's and PyPI's ordinary clients; everything downloaded and the finished
-layout stay in one cache directory, so a second build downloads nothing and a second run builds nothing.
+Five layers, as a Dockerfile would make them: debootstrap, two times `apt-get install`, `pip install`, `COPY
+app`. Each stage is an overlayfs upper directory, archived by GNU tar and compressed by GNU gzip or by pigz.
+The result is an OCI image layout. Packages come from Debian's and PyPI's ordinary clients; everything
+downloaded and the finished layout stay in one cache directory, so a second build downloads nothing and a
+second run builds nothing.
 """
 
 import hashlib
@@ -146,7 +147,7 @@ def load(layout: Path) -> DemoImage:
 
 
 def push(image: DemoImage, reference: str) -> None:
-    """Copies the layout to `reference` (HOST:PORT/NAME:TAG, plain HTTP) without changing a byte of any blob."""
+    """Copies the layout to `reference` (HOST:PORT/NAME:TAG, plain HTTP) no byte changed."""
     source = f"oci:{image.layout}:{image.tag}"
     _run(
         [
@@ -319,7 +320,7 @@ def _archive(upper: Path, compressor: str, layout: Path) -> Layer:
 
 
 def _oci_whiteouts(upper: Path) -> None:
-    """overlayfs's character device 0:0 becomes `.wh.NAME`, its opaque xattr `.wh..wh..opq` (OCI layer format)."""
+    """overlayfs's character device 0:0 becomes `.wh.NAME`, its opaque xattr `.wh..wh..opq`."""
     for directory, _, files in os.walk(upper):
         with_opaque = "trusted.overlay.opaque" in os.listxattr(directory)
         if with_opaque and os.getxattr(directory, "trusted.overlay.opaque") == b"y":
