@@ -35,8 +35,8 @@ class Snapshotter:
     """Snapshots under `root` (metadata.sqlite, snapshots/). A context manager; every verb is thread safe.
 
     `lazy` makes lazy layers; without it every layer is left to containerd. Errors are those that containerd's
-    own snapshotters give (NotFound, AlreadyExists, Invalid, Precondition), and Remote from a stack with a lazy
-    layer that cannot be reached.
+    own snapshotters give (NotFound, AlreadyExists, Invalid, Precondition), and Remote from a stack with a
+    lazy layer that cannot be reached.
     """
 
     def __init__(
