@@ -133,7 +133,7 @@ class _Parser:
         first = self._text[self._at : self._at + 1]
         if first == '"' or (any_quote and first in {"/", "|"}):
             return self._quoted()
-        if first in {"", ",", ".", "/", "|"}:
+        if first in {"", ",", ".", "/", "|", "=", "!", "~"}:
             raise self._error("expected a value")
         start = self._at
         while self._at < len(self._text):

@@ -27,7 +27,6 @@ _log = logging.getLogger(__name__)
 
 # Keys of log lines that users of the Go daemon count (its remote snapshot log monitor).
 _LOG_REMOTE = "remote-snapshot-prepared"
-_LOG_LOCAL = "local-snapshot-prepared"
 _LOG_DEFER = "defer-snapshot-runtime"
 
 
@@ -177,9 +176,11 @@ class Snapshotter:
             return None
         try:
             layer = lazy.prepare(request)
-        except (SociError, OSError) as error:
+        except Exception as error:
+            # Whatever went wrong, the layer can still be unpacked; a trace only for what is our own fault.
             _log.warning(
                 "failed to prepare remote snapshot",
+                exc_info=not isinstance(error, SociError | OSError),
                 extra={"layer": request.layer_digest, "error": str(error), _LOG_REMOTE: "false"},
             )
             return f"the lazy try failed: {error}"
