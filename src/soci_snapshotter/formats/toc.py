@@ -35,7 +35,7 @@ _TIME: Final = re.compile(
 )
 # FileMetadata's fields in declaration order: name, and struct code ("I" for offsets of strings and vectors
 # too).
-_FIELDS: Final = (
+FIELDS: Final = (
     ("name", "I"),
     ("type", "I"),
     ("uncompressed_offset", "q"),
@@ -51,7 +51,7 @@ _FIELDS: Final = (
     ("devminor", "q"),
     ("xattrs", "I"),
 )
-_STRINGS: Final = (0, 1, 4, 8, 9, 10)  # indexes in _FIELDS of name, type, linkname, uname, gname, mod_time
+_STRINGS: Final = (0, 1, 4, 8, 9, 10)  # indexes in FIELDS of name, type, linkname, uname, gname, mod_time
 _RECORDS: Final = 13
 
 
@@ -163,15 +163,15 @@ class EntryReader:
         if vtable < 0 or len(self._plans) > 4096:  # known builders make a few dozen; each costs a struct
             return None
         size, room = struct.unpack_from("<HH", self._data, vtable)
-        if size < 4 + 2 * len(_FIELDS):
+        if size < 4 + 2 * len(FIELDS):
             return None
-        places = struct.unpack_from(f"<{len(_FIELDS)}H", self._data, vtable + 4)
+        places = struct.unpack_from(f"<{len(FIELDS)}H", self._data, vtable + 4)
         if not all(places[i] for i in (*_STRINGS, _RECORDS)):
             return None
         at, layout = 0, "<"
         order: dict[int, int] = {}
         for place, index in sorted((p, i) for i, p in enumerate(places) if p):
-            code = _FIELDS[index][1]
+            code = FIELDS[index][1]
             if place < max(at, 4) or place + WIDTHS[code] > room:
                 return None
             order[index] = len(order)
@@ -180,7 +180,7 @@ class EntryReader:
         absent = len(order)  # the caller appends one 0 there
         plan = self._plans[vtable] = _Plan(
             struct.Struct(layout).unpack_from,
-            itemgetter(*(order.get(i, absent) for i in range(len(_FIELDS)))),
+            itemgetter(*(order.get(i, absent) for i in range(len(FIELDS)))),
             tuple(places[i] for i in (*_STRINGS, _RECORDS)),
         )
         return plan
@@ -247,10 +247,10 @@ class EntryReader:
         table = Table(self._view, pos, what)
 
         def text(i: int) -> bytes:
-            return table.string(i, f"{what}.{_FIELDS[i][0]}")
+            return table.string(i, f"{what}.{FIELDS[i][0]}")
 
         def number(i: int) -> int:
-            return table.scalar(i, _FIELDS[i][1], f"{what}.{_FIELDS[i][0]}")
+            return table.scalar(i, FIELDS[i][1], f"{what}.{FIELDS[i][0]}")
 
         name, kind, link, user, group, time = map(text, _STRINGS)
         if kind not in _TYPES:
