@@ -10,7 +10,7 @@ import hashlib
 import re
 from typing import TypeAlias
 
-from ..errors import Invalid
+from soci_snapshotter.errors import Invalid
 
 # What hashlib and file writes take without a copy. (collections.abc.Buffer is Python 3.12.)
 Buffer: TypeAlias = bytes | bytearray | memoryview

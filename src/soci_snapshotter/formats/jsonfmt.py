@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..errors import Integrity, Invalid
-from . import digest as digests
-from .digest import Buffer, Digest
+from soci_snapshotter.errors import Integrity, Invalid
+from soci_snapshotter.formats import digest as digests
+from soci_snapshotter.formats.digest import Buffer, Digest
 
 T = TypeVar("T")
 

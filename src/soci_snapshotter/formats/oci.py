@@ -13,10 +13,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Raw, Struct, field
 
-from ..errors import Integrity, Invalid, NotFound, Unsupported
-from .digest import Buffer, Digest
-from .jsonfmt import decode, encode
-from .platforms import Platform, matching, parse_platform
+from soci_snapshotter.errors import Integrity, Invalid, NotFound, Unsupported
+from soci_snapshotter.formats.digest import Buffer, Digest
+from soci_snapshotter.formats.jsonfmt import decode, encode
+from soci_snapshotter.formats.platforms import Platform, matching, parse_platform
 
 __all__ = [
     "CONFIG",

@@ -9,7 +9,7 @@ import re
 
 from msgspec import Struct, field
 
-from ..errors import Invalid
+from soci_snapshotter.errors import Invalid
 
 _ARCHITECTURES = {
     "i386": ("386", ""),

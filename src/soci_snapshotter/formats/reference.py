@@ -17,9 +17,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from ..errors import Invalid
-from . import digest as digests
-from .digest import Digest
+from soci_snapshotter.errors import Invalid
+from soci_snapshotter.formats import digest as digests
+from soci_snapshotter.formats.digest import Digest
 
 DEFAULT_DOMAIN = "docker.io"
 DEFAULT_TAG = "latest"

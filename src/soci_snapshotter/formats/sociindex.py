@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..errors import Integrity, Invalid
-from . import digest as digests
-from . import oci
-from .digest import Buffer, Digest
-from .oci import Descriptor, Manifest
+from soci_snapshotter.errors import Integrity, Invalid
+from soci_snapshotter.formats import digest as digests
+from soci_snapshotter.formats import oci
+from soci_snapshotter.formats.digest import Buffer, Digest
+from soci_snapshotter.formats.oci import Descriptor, Manifest
 
 INDEX_V1 = "application/vnd.amazon.soci.index.v1+json"
 INDEX_V2 = "application/vnd.amazon.soci.index.v2+json"

@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..errors import Integrity, NotFound
-from ..formats import digest as digests
-from ..formats.digest import Buffer, Digest
+from soci_snapshotter.errors import Integrity, NotFound
+from soci_snapshotter.formats import digest as digests
+from soci_snapshotter.formats.digest import Buffer, Digest
 
 # One read; enough to keep hashing ahead of the disk without holding a blob twice in memory.
 _PIECE = 1 << 20
