@@ -1,0 +1,161 @@
+"""Building ztocs in several processes: one layer each, because most of the work is pure Python and inflate.
+
+Workers are spawned, never forked (gRPC's threads do not survive a fork). Each opens a client of its own,
+reads its layer from containerd and leaves the ztoc in a file; only a few words travel back. A worker that is
+killed, for want of memory say, is noticed, and ends the command with an error.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from ..containerd.client import ContainerdClient
+from ..errors import Integrity, Remote, SociError
+from ..formats.digest import Digest
+from ..formats.ztoc import Compression
+from .build import build_ztoc
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One layer to index. span_size in uncompressed bytes; the ztoc is written to `output`."""
+
+    address: str
+    namespace: str
+    layer: Digest
+    diff_id: Digest
+    compression: Compression
+    span_size: int
+    build_tool: str
+    output: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What became of a job: the ztoc's digest and its size in bytes."""
+
+    layer: Digest
+    digest: Digest
+    size: int
+    output: Path
+
+
+def build_all(jobs: Sequence[Job], workers: int) -> Iterator[Built]:
+    """Run the jobs, at most `workers` at once, and yield results as they come; the first error ends it all.
+
+    A single job runs in this process: a worker's start (0.3 s) would be all it adds.
+    """
+    if len(jobs) == 1 or workers == 1:
+        for job in jobs:
+            yield run(job)
+        return
+    # The longest first would be best, but sizes are the caller's to sort by.
+    waiting = list(reversed(jobs))
+    pool = [_Worker() for _ in range(min(workers, len(jobs)))]
+    try:
+        for worker in pool:
+            worker.give(waiting.pop())
+        busy = len(pool)
+        while busy:
+            ready = multiprocessing.connection.wait([worker.connection for worker in pool])
+            for worker in pool:
+                if worker.connection not in ready:
+                    continue
+                yield worker.take()
+                if waiting:
+                    worker.give(waiting.pop())
+                else:
+                    busy -= 1
+                    worker.dismiss()
+            pool = [worker for worker in pool if worker.job is not None]
+    finally:
+        for worker in pool:
+            worker.kill()
+
+
+def run(job: Job) -> Built:
+    """Build one ztoc in this process.
+
+    Raises Integrity when the layer's bytes are not what its digest, or its DiffID, says.
+    """
+    with ContainerdClient(job.address, job.namespace) as client:
+        built = build_ztoc(
+            client.content.read(job.layer),
+            compression=job.compression,
+            span_size=job.span_size,
+            build_tool=job.build_tool,
+            expected=job.layer,
+        )
+    if built.diff_id != job.diff_id:
+        raise Integrity(
+            f"layer {job.layer}: its tar's digest is {built.diff_id}, the image config says {job.diff_id}"
+        )
+    job.output.write_bytes(built.data)
+    return Built(job.layer, built.digest, len(built.data), job.output)
+
+
+class _Worker:
+    """A spawned process that runs jobs until its pipe is closed."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the worker's death is an end of file here
+        self.job: Job | None = None
+
+    def give(self, job: Job) -> None:
+        self.job = job
+        self.connection.send(job)
+
+    def take(self) -> Built:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            layer = self.job.layer if self.job else "?"
+            raise Remote(
+                f"layer {layer}: the process indexing it ended (exit {self.process.exitcode}); "
+                f"check the kernel's log for want of memory"
+            ) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        if not isinstance(answer, Built):
+            raise TypeError(f"worker answered {type(answer).__name__}")
+        return answer
+
+    def dismiss(self) -> None:
+        self.job = None
+        self.connection.close()
+        self.process.join()
+
+    def kill(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(connection: Connection) -> None:
+    # Ctrl-C reaches the whole process group; the parent decides, and ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        answer: Built | Exception
+        try:
+            answer = run(job)
+        except SociError as error:
+            answer = error
+        except Exception as error:  # a bug: its name must reach the parent, which would wait for ever
+            answer = RuntimeError(f"layer {job.layer}: {type(error).__name__}: {error}")
+        connection.send(answer)
