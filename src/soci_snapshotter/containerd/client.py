@@ -81,10 +81,11 @@ class ContainerdClient:
             with contextlib.suppress(Remote):
                 self.leases.delete(identity)
 
-    @property
-    def lease_id(self) -> str | None:
-        """The lease this client creates things under."""
-        return self._connected().lease
+    def keep_snapshot(self, snapshotter: str, key: str) -> None:
+        """Put a snapshot that exists already under this client's lease; a no-op without one."""
+        lease = self._connected().lease
+        if lease is not None:
+            self.leases.add_snapshot(lease, snapshotter, key)
 
     def version(self) -> str:
         """containerd's version as it says it, e.g. `1.6.20~ds1`."""

@@ -55,13 +55,8 @@ class Content:
         Nothing is checked against the digest: whoever needs certainty hashes what it reads, or uses `get`.
         """
         request = content_pb2.ReadContentRequest(digest=digest, offset=offset, size=size)
-        position = offset
+        # The answers' own offsets count from the blob's start or from `offset`, depending on the version.
         for answer in self._caller.stream(self._stub.Read, request, f"content {digest}"):
-            if answer.offset != position:
-                raise Integrity(
-                    f"content {digest}: containerd sent offset {answer.offset}, expected {position}"
-                )
-            position += len(answer.data)
             yield answer.data
 
     def get(self, digest: Digest, limit: int) -> bytes:
@@ -153,9 +148,17 @@ class _Upload:
     def __enter__(self) -> _Upload:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # The end of our side lets containerd close the upload before anybody aborts or continues it.
         self._requests.put(None)
-        self._call.cancel()
+        if kind is not None and not issubclass(kind, Exception):
+            self._call.cancel()  # Ctrl-C waits for nobody
+            return
+        try:
+            for _answer in self._answers:
+                pass
+        except grpc.RpcError:
+            pass  # it was raised where it happened
 
     def run(
         self, descriptor: Descriptor, source: Callable[[int], Iterable[Buffer]], labels: Mapping[str, str]

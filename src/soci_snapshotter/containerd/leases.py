@@ -29,6 +29,12 @@ class Leases:
         request = leases_pb2.CreateRequest(id=identity, labels=labels)
         return self._caller.unary(self._stub.Create, request, f"lease {identity}").lease.id
 
+    def add_snapshot(self, identity: str, snapshotter: str, key: str) -> None:
+        """Keep an existing snapshot as long as the lease; NotFound when there is no such lease."""
+        resource = leases_pb2.Resource(id=key, type=f"snapshots/{snapshotter}")
+        request = leases_pb2.AddResourceRequest(id=identity, resource=resource)
+        self._caller.unary(self._stub.AddResource, request, f"lease {identity}")
+
     def delete(self, identity: str, *, collect: bool = False) -> None:
         """End a lease, if it is there; with `collect`, wait for the garbage collection that follows."""
         request = leases_pb2.DeleteRequest(id=identity, sync=collect)
