@@ -28,6 +28,9 @@ STRIDE: Final = POINT.size + WINDOW
 GZIP_HEADER: Final = 10
 """Bytes: a gzip header without optional fields (RFC 1952); version 1 blobs take it for granted."""
 
+_MAX_TARZINFO: Final = 4096
+"""Bytes: known tools write 48."""
+
 MAX_EXPANSION: Final = 1032
 """Deflate's best: a match of 258 bytes in two bits. A span that claims more is lying about its length."""
 
@@ -208,7 +211,7 @@ def _check_expansion(field: str, compressed: int, uncompressed: int) -> None:
 
 
 def _uncompressed(ztoc: Ztoc) -> SpanTable:
-    data = memoryview(ztoc.checkpoints)
+    data = memoryview(bytes(ztoc.checkpoints[:_MAX_TARZINFO]))
     if len(data) < 8:
         raise Integrity(f"ztoc: checkpoints has {len(data)} bytes, too few for a TarZinfo")
     info = Table(data, int.from_bytes(data[:4], "little"), "TarZinfo")

@@ -65,7 +65,12 @@ def decode_spans(data: Buffer) -> Ztoc:
 
 
 def _decode(data: Buffer, *, with_entries: bool) -> Ztoc:
-    view = memoryview(data).cast("B")
+    # Released at once, lest the frames of an exception keep a mapped file from being closed.
+    with memoryview(data) as whole, whole.cast("B") as view:
+        return _read(view, data, with_entries=with_entries)
+
+
+def _read(view: memoryview, data: Buffer, *, with_entries: bool) -> Ztoc:
     if len(view) < 8:
         raise Integrity(f"ztoc: {len(view)} bytes is too short to be one")
     root = Table(view, u32(view, 0)[0], "ztoc")
