@@ -86,13 +86,18 @@ def run(job: Job) -> Built:
     Raises Integrity when the layer's bytes are not what its digest, or its DiffID, says.
     """
     with ContainerdClient(job.address, job.namespace) as client:
-        built = build_ztoc(
-            client.content.read(job.layer),
-            compression=job.compression,
-            span_size=job.span_size,
-            build_tool=job.build_tool,
-            expected=job.layer,
-        )
+        try:
+            built = build_ztoc(
+                client.content.read(job.layer),
+                compression=job.compression,
+                span_size=job.span_size,
+                build_tool=job.build_tool,
+                expected=job.layer,
+            )
+        except SociError as error:
+            if job.layer in str(error):
+                raise
+            raise type(error)(f"layer {job.layer}: {error}") from None
     if built.diff_id != job.diff_id:
         raise Integrity(
             f"layer {job.layer}: its tar's digest is {built.diff_id}, the image config says {job.diff_id}"
