@@ -19,6 +19,7 @@ SYS_MOVE_MOUNT = 429
 SYS_FSOPEN = 430
 SYS_FSCONFIG = 431
 SYS_FSMOUNT = 432
+SYS_OPENAT2 = 437
 
 
 def failure(call: str, path: bytes | str | None = None) -> OSError:
@@ -66,3 +67,33 @@ def fsmount(fd: int, attributes: int) -> int:
     """fsmount(2): a close-on-exec descriptor of a mount that is in no mount table."""
     fsmount_cloexec = 1
     return syscall("fsmount", SYS_FSMOUNT, fd, fsmount_cloexec, attributes)
+
+
+class _OpenHow(ctypes.Structure):
+    """struct open_how (linux/openat2.h)."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def open_in_root(root: bytes, path: bytes, flags: int) -> int:
+    """A close-on-exec descriptor of `path` below directory `root`; no link or `..` leads out of it
+    (openat2(2)).
+
+    Raises OSError: ENOENT, ENOTDIR, ELOOP as open(2) does.
+    """
+    resolve_in_root = 0x10
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve_in_root)
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        result: int = _libc.syscall(
+            ctypes.c_long(SYS_OPENAT2),
+            ctypes.c_long(directory),
+            ctypes.c_char_p(path),
+            ctypes.byref(how),
+            ctypes.c_size_t(ctypes.sizeof(how)),
+        )
+        if result < 0:
+            raise failure("openat2", path)
+        return result
+    finally:
+        os.close(directory)
