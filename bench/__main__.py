@@ -1,4 +1,4 @@
-"""`python -m bench [NAME ...] [--smoke]`: a line for each bench, and its results in bench/results/<name>.json."""
+"""`python -m bench [NAME ...] [--smoke]`: a line for each, results in bench/results/<name>.json."""
 
 import argparse
 import importlib

@@ -1,8 +1,8 @@
 """walk, stat and read-all: our layer with all spans present against the same tree unpacked.
 
-Both lie under overlayfs, with cold caches before every run. The programs are find and cat, so that what is
-measured is the filesystem and not the language of the bench. Nothing comes from the registry meanwhile, or the
-bench fails.
+Both lie under overlayfs, with cold caches before every run. The programs are find and cat, so that the
+filesystem is measured and not the language of the bench. Nothing comes from the registry meanwhile, or the bench
+fails.
 """
 
 import subprocess
