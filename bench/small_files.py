@@ -1,7 +1,7 @@
 """walk, stat and read-all: our layer with all spans present against the same tree unpacked.
 
 Both lie under overlayfs, with cold caches before every run. The programs are find and cat, so that the
-filesystem is measured and not the language of the bench. Nothing comes from the registry meanwhile, or the bench
+filesystem is measured, not the language of the bench. Nothing comes from the registry meanwhile, or it
 fails.
 """
 
