@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -297,6 +298,37 @@ def test_walk_filters(snapshots: Snapshotter) -> None:
     assert [row.key for row in snapshots.walk(["created"])] == []
     with pytest.raises(Invalid):
         snapshots.walk(["=="])
+
+
+CRASH = """
+import os, sys
+from soci_snapshotter.snapshotter.snapshotter import Snapshotter
+with Snapshotter(os.fsencode(sys.argv[1])) as snapshots:
+    for n in range(100000):
+        snapshots.prepare(f"k{n}", "", {})
+        print(n, flush=True)
+        if n % 3 == 0:
+            snapshots.remove(f"k{n}")
+"""
+
+
+def test_kill(root: Path) -> None:
+    """Killed at any moment, no row is without its directories, and cleanup removes what has no row."""
+    for _ in range(3):
+        command = [sys.executable, "-c", CRASH, str(root)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(30):
+                process.stdout.readline()
+            process.kill()
+        with Snapshotter(bytes(root)) as snapshots:
+            snapshots.cleanup()
+            ids = {row.id for row in snapshots.walk()}
+            assert {int(name) for name in directories(root)} == ids
+            assert len(ids) >= 19
+            assert all((root / f"snapshots/{n}/{name}").is_dir() for n in ids for name in ("fs", "work"))
+            for row in list(snapshots.walk()):
+                snapshots.remove(row.key)
 
 
 # Lazy snapshots
