@@ -13,7 +13,7 @@ STUBS = "soci_snapshotter/containerd/stubs"
 
 
 def test_regenerating_changes_nothing(tmp_path: Path) -> None:
-    """Running the generator into an empty directory gives the committed files, byte for byte, and no others."""
+    """Running the generator elsewhere gives the committed files, byte for byte, and no others."""
     subprocess.run([sys.executable, ROOT / "scripts/protos", "--out", tmp_path], check=True)
     made = {p.name: p.read_bytes() for p in (tmp_path / STUBS).iterdir()}
     here = (ROOT / "src" / STUBS).iterdir()
