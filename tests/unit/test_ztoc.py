@@ -69,7 +69,7 @@ def _library_entries(data: bytes) -> list[tuple[Any, ...]]:
         at = table.Offset(4 + 2 * index)
         return bytes(table.String(at + table.Pos)) if at else b""
 
-    def number(table: LibraryTable, index: int, flags: Any) -> int:
+    def number(table: LibraryTable, index: int, flags: object) -> int:
         at = table.Offset(4 + 2 * index)
         return int(table.Get(flags, at + table.Pos)) if at else 0
 
@@ -288,7 +288,9 @@ MUTATIONS = st.lists(
 @settings(deadline=None, max_examples=3000)
 @given(MUTATIONS)
 def test_mutations_of_a_small_ztoc_raise_only_integrity(mutations: list[tuple[int, str, int]]) -> None:
-    """Whatever four of its 900 bytes become, a ztoc decodes, or is refused by Integrity, and never blows up."""
+    """Whatever four of its 900 bytes become, a ztoc decodes, or is refused by Integrity, and never blows
+    up.
+    """
     data = bytearray(SMALL)
     for at, code, value in mutations:
         struct.pack_into(code, data, at, value % 256 ** struct.calcsize(code))
@@ -296,7 +298,9 @@ def test_mutations_of_a_small_ztoc_raise_only_integrity(mutations: list[tuple[in
 
 
 def test_every_word_replaced_raises_only_integrity() -> None:
-    """Each byte position in turn gets each awkward 32-bit value: self references, cycles, ends of the file."""
+    """Each byte position in turn gets each awkward 32-bit value: self references, cycles, ends of the
+    file.
+    """
     for at in range(len(SMALL) - 3):
         for value in (
             0,

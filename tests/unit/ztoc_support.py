@@ -33,7 +33,7 @@ class Case:
 
     @property
     def layer(self) -> bytes:
-        return (VECTORS / self.name / self.raw["layer"]).read_bytes()
+        return bytes((VECTORS / self.name / self.raw["layer"]).read_bytes())
 
     @property
     def ztoc(self) -> bytes:
@@ -53,7 +53,9 @@ class Case:
 
     @property
     def members(self) -> list[dict[str, Any]]:
-        """The tar's members as an independent reader saw them; the two made by the Go program have no list."""
+        """The tar's members as an independent reader saw them; the two made by the Go program have no
+        list.
+        """
         for edge in ("edge1", "edge2", "edge3"):
             if edge in self.name:
                 return list(json.loads((VECTORS / f"{edge}.tar.files.json").read_bytes()))
@@ -66,15 +68,15 @@ def cases() -> tuple[Case, ...]:
     return tuple(Case(raw) for raw in json.loads((VECTORS / "cases.json").read_bytes()))
 
 
-def entry(name: bytes = b"f", **changes: Any) -> Entry:
+def entry(name: bytes = b"f", **changes: object) -> Entry:
     """A regular file of 5 bytes, the first in its tar, unless said otherwise."""
     plain = Entry(
         name, "reg", 512, 5, b"", 0o644, 1, 2, b"u", b"g", "2023-11-14T22:13:20Z", 0, 0, ((b"k", b"v"),)
     )
-    return plain._replace(**changes)
+    return plain._replace(**changes)  # type: ignore[arg-type]
 
 
-def small_ztoc(*entries: Entry, **changes: Any) -> Ztoc:
+def small_ztoc(*entries: Entry, **changes: object) -> Ztoc:
     """One span, in the version 1 encoding, which needs no window: every byte of it matters."""
     fields: dict[str, Any] = {
         "version": "0.9",
@@ -88,7 +90,7 @@ def small_ztoc(*entries: Entry, **changes: Any) -> Ztoc:
         "checkpoints_offset": 0,
         "entries": list(entries),
     }
-    return Ztoc(**fields | changes)
+    return Ztoc(**(fields | changes))
 
 
 def blob(points: list[tuple[int, int, int]], span_size: int = 4 << 20, count: int | None = None) -> bytes:
@@ -110,7 +112,9 @@ def member(data: bytes, level: int = 6, flush: int | None = None, step: int = 10
 
 
 def read_span(table: SpanTable, index: int, layer: bytes, ztoc: bytes) -> bytes:
-    """Span `index`, the way the daemon reads it: its compressed range, and its window out of the ztoc file."""
+    """Span `index`, the way the daemon reads it: its compressed range, and its window out of the ztoc
+    file.
+    """
     start, end = table.compressed_range(index)
     at = table.window_position(index)
     window = None if at is None else ztoc[at : at + zinfo.WINDOW]

@@ -124,8 +124,8 @@ class SpanTable:
         return min(bisect_right(self._outs, offset), len(self._digests)) - 1
 
     def spans_for(self, offset: int, size: int) -> range:
-        """The spans that hold `size` bytes from `offset` on; empty for size 0 or less."""
-        if size <= 0:
+        """The spans that hold `size` bytes from `offset` on; empty for size 0 or less, or without spans."""
+        if size <= 0 or not self._digests:
             return range(0)
         return range(self.span_at(offset), self.span_at(offset + size - 1) + 1)
 
