@@ -33,7 +33,8 @@ WHEELS = (
     "pandas==3.0.0",
     "scikit-learn==1.8.0",
     "matplotlib==3.10.8",
-    "pyarrow==23.0.0",
+    "statsmodels==0.14.6",
+    "sympy==1.14.0",
 )
 """Pinned, so that the image is the same size for everybody."""
 
