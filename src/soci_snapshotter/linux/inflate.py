@@ -7,7 +7,7 @@ import zlib
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from soci_snapshotter.errors import Integrity
-from soci_snapshotter.formats.gzipfmt import resume_prefix
+from soci_snapshotter.formats.gzipfmt import MAGIC, resume_prefix
 from soci_snapshotter.formats.zinfo import SpanTable
 from soci_snapshotter.formats.ztoc import Compression
 
@@ -164,17 +164,18 @@ class _Members:
 
     def feed(self, data: Buffer, step: int) -> Iterator[bytes]:
         """Take all of `data`, yield what it inflates to."""
-        while len(view := memoryview(data)):
+        more = False  # the engine stopped at `step` bytes and may hold more, even without input
+        while len(view := memoryview(data)) or more:
             if self._inflater is None:
                 skipped = min(self._skip, len(view))
                 self._skip -= skipped
-                data = view = view[skipped:]
+                view = view[skipped:]
                 if not len(view):
                     return
-                if self._zeros or view[0] == 0:
+                if self._zeros or view[0] != MAGIC[0]:
                     self._zeros = True
                     if any(view):
-                        raise Integrity("data follows the zeros after the last gzip member")
+                        raise Integrity("something other than zeros follows after the last gzip member")
                     return
                 self._inflater = self._engine(GZIP)
             inflater = self._inflater
@@ -185,7 +186,7 @@ class _Members:
             if out:
                 yield out
             if inflater.eof:
-                data = inflater.unused_data
+                data, more = inflater.unused_data, False
                 self._inflater = None
             else:
-                data = inflater.unconsumed_tail
+                data, more = inflater.unconsumed_tail, len(out) >= step
