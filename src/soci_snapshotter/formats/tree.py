@@ -46,8 +46,9 @@ _XATTR_CLASSES = frozenset({b"user.", b"security.", b"system."})
 _XATTR = b"SCHILY.xattr."
 _SPARSE = b"GNU.sparse."
 _KINDS = frozenset({"reg", "dir", "symlink", "hardlink", "char", "block", "fifo"})
-_MINUTE = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d)")
-_REST = re.compile(r":(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))")
+_DAY = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})")
+_MINUTE = re.compile(r"T([01][0-9]|2[0-3]):([0-5][0-9])")
+_REST = re.compile(r":([0-5][0-9])(?:\.([0-9]{1,9}))?(?:Z|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))")
 _RAW = re.compile(rb"(-?)(\d{1,18})(?:\.(\d*))?")
 
 
@@ -213,15 +214,13 @@ class _Builder:
                 break
             where = where.children.get(part)
         if where is None or where == WHITEOUT:
-            raise Integrity(
-                f"{_say(index, entry)}: linkname {entry.linkname!r} is no entry before it, or itself"
-            )
+            raise Integrity(f"{_say(index, entry)}: linkname {entry.linkname[:200]!r} is no earlier entry")
         if isinstance(where, Directory):
             raise Integrity(f"{_say(index, entry)}: linkname {entry.linkname[:200]!r} is a directory")
         return where
 
     def _place(self, index: int, entry: Entry) -> tuple[Directory, bytes] | None:
-        """The directory and last component of an entry whose name is not spelled plainly; None for the root."""
+        """The directory and last component of an oddly spelled name; None for the root."""
         parts = _components(index, entry, entry.name, "name")
         if not parts:
             return None
@@ -275,15 +274,9 @@ def _keep(index: int, entry: Entry, name: bytes, value: bytes) -> bool:
         if entry.type == "symlink":
             return False
         # Version 2, then 8 bytes an entry (linux/posix_acl_xattr.h). A default one is a directory's.
-        if (
-            len(value) < 4
-            or len(value) % 8 != 4
-            or value[:4] != b"\2\0\0\0"
-            or (name == _ACLS[1] and entry.type != "dir")
-        ):
-            raise Integrity(
-                f"{_say(index, entry)}: xattr {name!r} is no access control list for a {entry.type}"
-            )
+        fits = name == _ACLS[0] or entry.type == "dir"
+        if not fits or len(value) % 8 != 4 or value[:4] != b"\2\0\0\0":
+            raise Integrity(f"{_say(index, entry)}: xattr {name!r} is no ACL for a {entry.type}")
         return True
     return name.startswith(b"security.")
 
@@ -318,6 +311,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[int, int]] = {}
+        self._days: dict[str, int] = {}
         self._minutes: dict[str, int] = {}
         self._rests: dict[str, tuple[int, int]] = {}
 
@@ -327,29 +321,38 @@ class _Clock:
         if not text:
             return _raw_time(index, entry)
         try:
-            start = self._minutes.get(text[:16])
-            if start is None:
-                start = self._minutes[text[:16]] = _minute(text[:16])
+            day = self._days.get(text[:10])
+            if day is None:
+                day = self._days[text[:10]] = _day(text[:10])
+            minute = self._minutes.get(text[10:16])
+            if minute is None:
+                minute = self._minutes[text[10:16]] = _minute(text[10:16])
             rest = self._rests.get(text[16:])
             if rest is None:
                 rest = self._rests[text[16:]] = _rest(text[16:])
         except ValueError:
             raise Integrity(f"{_say(index, entry)}: mod_time {text[:64]!r} is no RFC 3339 time") from None
-        time = self.known[text] = _bounded(start + rest[0], rest[1])
+        time = self.known[text] = _bounded(day + minute + rest[0], rest[1])
         return time
 
 
+def _day(text: str) -> int:
+    """YYYY-MM-DD to seconds since the epoch."""
+    match = _DAY.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    year, month, day = map(int, match.groups())
+    if year == 0:  # datetime begins with year 1; both are long before the epoch
+        return -(10**11)
+    return (date(year, month, day).toordinal() - _EPOCH_DAY) * 86400
+
+
 def _minute(text: str) -> int:
-    """YYYY-MM-DDThh:mm, in UTC, to seconds since the epoch."""
+    """Thh:mm to seconds."""
     match = _MINUTE.fullmatch(text)
     if match is None:
         raise ValueError(text)
-    year, month, day, hour, minute = map(int, match.groups())
-    if hour > 23 or minute > 59:
-        raise ValueError(text)
-    if year == 0:  # datetime begins with year 1; both are long before the epoch
-        return -(10**11)
-    return (date(year, month, day).toordinal() - _EPOCH_DAY) * 86400 + hour * 3600 + minute * 60
+    return int(match[1]) * 3600 + int(match[2]) * 60
 
 
 def _rest(text: str) -> tuple[int, int]:
@@ -358,8 +361,6 @@ def _rest(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(text)
     second, fraction, sign, hours, minutes = match.groups()
-    if int(second) > 59 or int(hours or 0) > 23 or int(minutes or 0) > 59:
-        raise ValueError(text)
     offset = (int(hours) * 3600 + int(minutes) * 60) if sign else 0
     return int(second) + (offset if sign == "-" else -offset), int((fraction or "").ljust(9, "0"))
 
