@@ -1,0 +1,357 @@
+"""Building ztocs: the Go tool's bytes, any tar through any gzip, and layers that must be refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import tarfile
+import threading
+import tracemalloc
+import zlib
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.ztoc_support import GO_TOOL, Case, cases, member, read_range, read_span
+
+from soci_snapshotter.errors import Integrity, Invalid, Unsupported
+from soci_snapshotter.formats import digest, ztoc
+from soci_snapshotter.formats.zinfo import span_table
+from soci_snapshotter.formats.ztoc import Compression
+from soci_snapshotter.index import build
+from soci_snapshotter.index.build import BuiltZtoc, build_ztoc
+from soci_snapshotter.linux import checkpoints
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+LIBRARIES = [library for library in (checkpoints.zlib_ng(), checkpoints.zlib()) if library]
+
+
+def chunked(data: bytes, step: int) -> Iterator[bytes]:
+    """`data` in chunks of `step` bytes."""
+    return (data[at : at + step] for at in range(0, len(data), step))
+
+
+def built(
+    layer: bytes | Iterable[bytes], compression: Compression = Compression.GZIP, span_size: int = 4 << 20
+) -> BuiltZtoc:
+    """The ztoc of a layer given whole or in chunks."""
+    chunks = [layer] if isinstance(layer, bytes) else layer
+    return build_ztoc(chunks, compression=compression, span_size=span_size, build_tool="tests")
+
+
+def tar_of(files: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar of regular files."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=form, errors="surrogateescape") as out:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def assert_usable(result: BuiltZtoc, layer: bytes, tar: bytes) -> None:
+    """What a daemon would do: decode, check span digests, rebuild the tar, read each file alone."""
+    decoded = ztoc.decode(result.data)
+    table = span_table(decoded, len(layer))
+    for i in range(len(table)):
+        start, end = table.digest_range(i)
+        assert "sha256:" + hashlib.sha256(layer[start:end]).hexdigest() == table.digest(i)
+    assert b"".join(read_span(table, i, layer, result.data) for i in range(len(table))) == tar
+    assert result.diff_id == digest.sha256(tar)
+    assert result.layer_digest == digest.sha256(layer)
+    assert result.digest == digest.sha256(result.data)
+    assert (result.layer_size, result.uncompressed_size) == (len(layer), len(tar))
+    assert decoded.entries == result.entries
+    for entry in decoded.entries:
+        if entry.type == "reg":
+            content = read_range(table, entry.offset, entry.size, layer, result.data)
+            assert content == tar[entry.offset : entry.offset + entry.size]
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@pytest.mark.parametrize("step", [1 << 20, 4099])
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_vectors_are_built_byte_for_byte(
+    case: Case, step: int, library: checkpoints.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a vector's layer, span size and tool string come the Go tool's bytes, by either library."""
+    monkeypatch.setattr(checkpoints, "load", lambda: library)
+    result = build_ztoc(
+        chunked(case.layer, step),
+        compression=case.compression,
+        span_size=case.raw["span_size"],
+        build_tool=GO_TOOL,
+        expected=digest.parse(case.raw["layer_digest"]),
+    )
+    assert result.data == case.ztoc
+    assert result.digest == case.raw["ztoc_digest"]
+    assert result.diff_id == "sha256:" + case.raw["tar_sha256"]
+    assert (result.layer_size, result.uncompressed_size) == (case.raw["layer_size"], case.raw["tar_size"])
+
+
+def test_both_inflate_libraries_are_there() -> None:
+    """The tests above ran with zlib-ng's wheel and with libz.so.1, and the first is what is used."""
+    assert [library.name for library in LIBRARIES] == ["zlib-ng", "zlib"]
+    assert checkpoints.load().name == "zlib-ng"
+
+
+NAMES = st.one_of(
+    st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0/"), min_size=1, max_size=20),
+    st.integers(100, 300).map(lambda n: "d/" * (n // 3) + "f"),
+    st.binary(min_size=1, max_size=9).map(
+        lambda b: b.replace(b"\0", b"_").decode("utf-8", "surrogateescape")
+    ),
+)
+
+
+@st.composite
+def contents(draw: st.DrawFn) -> bytes:
+    """Content that compresses well, a little, or not at all, up to some blocks' worth."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    unit = rng.randbytes(draw(st.sampled_from([1, 30, 3000, 60_000])))
+    return (unit * draw(st.sampled_from([1, 2, 100])))[: draw(st.integers(0, 200_000))]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.dictionaries(NAMES, contents(), max_size=5),
+    st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    st.lists(
+        st.tuples(
+            st.integers(0, 9),
+            st.sampled_from([None, zlib.Z_PARTIAL_FLUSH, zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH, zlib.Z_BLOCK]),
+            st.floats(0, 1),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([1, 5000, 65536, 4 << 20]),
+    st.integers(1, 100_000),
+)
+def test_any_tar_in_any_gzip_is_usable(
+    files: dict[str, bytes],
+    form: int,
+    members: list[tuple[int, int | None, float]],
+    span_size: int,
+    step: int,
+) -> None:
+    """Random tars in one to four members of any level and flushing: every file reads back through spans."""
+    tar = tar_of(files, form)
+    cuts = sorted(int(share * len(tar)) for _, _, share in members[1:])
+    parts = [tar[a:b] for a, b in zip([0, *cuts], [*cuts, len(tar)], strict=True)]
+    layer = b"".join(
+        member(part, level, flush, 7001) for part, (level, flush, _) in zip(parts, members, strict=True)
+    )
+    result = built(chunked(layer, step), span_size=span_size)
+    assert_usable(result, layer, tar)
+    with tarfile.open(fileobj=io.BytesIO(tar), errors="surrogateescape") as reader:
+        seen = [(i.name.encode("utf-8", "surrogateescape"), i.offset_data, i.size) for i in reader]
+    assert [(e.name, e.offset, e.size) for e in result.entries] == seen
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.dictionaries(NAMES, contents(), max_size=4), st.integers(500, 1 << 20), st.integers(1, 100_000))
+def test_any_uncompressed_tar_is_usable(files: dict[str, bytes], span_size: int, step: int) -> None:
+    """The same for layers that are not compressed, whatever the chunks and the span size."""
+    tar = tar_of(files)
+    result = built(chunked(tar, step), Compression.UNCOMPRESSED, span_size)
+    assert_usable(result, tar, tar)
+    assert len(span_table(ztoc.decode(result.data))) == -(-len(tar) // span_size)
+
+
+TAR = tar_of({"a": b"first" * 1000, "b": random.Random(2).randbytes(50_000)})
+LAYER = member(TAR)
+
+
+def test_the_libraries_agree_on_checkpoints_of_small_blocks() -> None:
+    """zlib-ng and libz.so.1 stop at the same bits on a stream of many small blocks in several members."""
+    layer = member(TAR, 6, zlib.Z_PARTIAL_FLUSH, 101) + member(b"") + member(TAR, 1) + member(TAR, 0)
+    found = []
+    for library in LIBRARIES:
+        with checkpoints.Scanner(1, library) as scanner:
+            output = b"".join(scanner.feed(layer))
+            rest, blob = scanner.finish()
+        assert output + rest == TAR * 3
+        found.append((scanner.points, blob))
+    assert found[0] == found[1]
+    assert {point.bits for point in found[0][0]} == set(range(8))
+
+
+def test_an_empty_uncompressed_layer_is_described() -> None:
+    """No bytes: no spans, no entries, max_span_id -1."""
+    result = built([], Compression.UNCOMPRESSED)
+    decoded = ztoc.decode(result.data)
+    assert (decoded.max_span_id, decoded.entries, len(span_table(decoded, 0))) == (-1, [], 0)
+
+
+def test_zeros_after_the_last_member_belong_to_the_last_span() -> None:
+    """zlib-ng and libz.so.1 stop at the same bits on a stream of many small blocks and some members."""
+    for step in (1, 100, 1 << 20):
+        layer = LAYER + bytes(3000)
+        result = built(chunked(layer, step))
+        assert_usable(result, layer, TAR)
+        table = span_table(ztoc.decode(result.data))
+        assert table.compressed_range(len(table) - 1)[1] == len(layer)
+
+
+def _with_header(flags: int, extra: bytes) -> bytes:
+    return LAYER[:3] + bytes([flags]) + LAYER[4:10] + extra + LAYER[10:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "extra"),
+    [(8, b"name\0"), (16, b"comment\0"), (4, b"\5\0extra"), (4 | 8 | 16, b"\5\0extraname\0comment\0")],
+)
+def test_optional_header_fields_are_accepted(flags: int, extra: bytes) -> None:
+    """File name, comment and extra field move the first checkpoint and nothing else."""
+    layer = _with_header(flags, extra)
+    result = built(chunked(layer, 3))
+    assert_usable(result, layer, TAR)
+    assert span_table(ztoc.decode(result.data)).compressed_range(0)[0] == 10 + len(extra)
+
+
+SPOILT = bytearray(LAYER)
+SPOILT[-6] ^= 1  # in the CRC
+WRONG_LENGTH = bytearray(LAYER)
+WRONG_LENGTH[-1] ^= 1
+
+BROKEN = [
+    ("empty", b"", "cut off after 0"),
+    ("no gzip", TAR, "not gzip"),
+    ("zlib wrapper", zlib.compress(TAR), "not gzip"),
+    ("zeros only", bytes(1000), "not gzip"),
+    ("header only", LAYER[:10], "cut off"),
+    ("cut in the header", LAYER[:5], "cut off"),
+    ("cut in the middle", LAYER[: len(LAYER) // 2], "cut off"),
+    ("cut in the trailer", LAYER[:-1], "cut off"),
+    ("bad CRC", bytes(SPOILT), "data check"),
+    ("bad length", bytes(WRONG_LENGTH), "length check"),
+    ("garbage behind", LAYER + b"garbage", "something else"),
+    ("garbage behind zeros", LAYER + bytes(100) + b"g", "something else"),
+    ("half a member behind", LAYER + LAYER[:40], "cut off"),
+    ("a member behind zeros", LAYER + bytes(512) + LAYER, "something else"),
+    ("no tar", member(b"x" * 5000), "checksum"),
+    ("a cut tar", member(TAR[:3000]), "tar: cut off"),
+]
+
+
+@pytest.mark.parametrize("step", [1 << 20, 7])
+@pytest.mark.parametrize(("layer", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_broken_layers_are_integrity_errors(layer: bytes, message: str, step: int) -> None:
+    """Each way a layer can be broken is named, and no thread is left behind."""
+    before = threading.active_count()
+    with pytest.raises(Integrity, match=message):
+        built(chunked(layer, step))
+    assert threading.active_count() == before
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_mutated_layers_raise_only_our_errors(data: st.DataObject) -> None:
+    """A layer with changed bytes is refused, or (a changed header field) indexed; nothing else happens."""
+    layer = bytearray(member(TAR[:9000], data.draw(st.integers(0, 9))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        layer[data.draw(st.integers(0, len(layer) - 1))] = data.draw(st.integers(0, 255))
+    with pytest.raises((Integrity, Unsupported)):
+        built(bytes(layer[:-1]))
+    try:
+        built(bytes(layer))
+    except (Integrity, Unsupported):
+        return
+
+
+def test_a_gzip_labelled_as_a_tar_is_refused() -> None:
+    """The media type decides; a gzip blob that claims to be uncompressed is named as such."""
+    with pytest.raises(Integrity, match="is gzip"):
+        built(LAYER, Compression.UNCOMPRESSED)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_another_layers_digest_is_an_integrity_error(algorithm: str) -> None:
+    """Bytes that are not the descriptor's give no index; the right digest, of either algorithm, does."""
+    right = digest.parse(f"{algorithm}:{hashlib.new(algorithm, LAYER).hexdigest()}")
+    wrong = digest.parse(f"{algorithm}:{hashlib.new(algorithm, b'').hexdigest()}")
+    kind = Compression.GZIP
+    result = build_ztoc([LAYER], compression=kind, span_size=4096, build_tool="t", expected=right)
+    assert result.layer_digest == right
+    with pytest.raises(Integrity, match=wrong):
+        build_ztoc([LAYER], compression=kind, span_size=4096, build_tool="t", expected=wrong)
+
+
+def test_what_no_index_can_describe_is_unsupported() -> None:
+    """A global PAX header or a sparse file is refused, naming the entry."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as out:
+        info = tarfile.TarInfo("holes")
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+        out.addfile(info)
+    with pytest.raises(Unsupported, match="holes"):
+        built(member(file.getvalue()))
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"}):
+        pass
+    with pytest.raises(Unsupported, match="global PAX header"):
+        built(member(file.getvalue()))
+
+
+def test_a_tail_counts_for_the_diff_id_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows the tar's end belongs to the DiffID, whatever it holds; too much of it is refused."""
+    tar = TAR + b"tail" * 5000
+    result = built(member(tar))
+    assert_usable(result, member(tar), tar)
+    assert ztoc.decode(result.data).uncompressed_size < len(TAR)
+    monkeypatch.setattr(build, "MAX_TAIL", 20_000)
+    with pytest.raises(Unsupported, match="after the tar's end"):
+        built(member(tar))
+
+
+@pytest.mark.parametrize("compression", list(Compression))
+def test_an_impossible_span_size_is_invalid(compression: Compression) -> None:
+    """A span size below 1 is the caller's mistake."""
+    with pytest.raises(Invalid, match="span size"):
+        built(LAYER, compression, 0)
+
+
+def test_an_error_of_the_source_comes_through() -> None:
+    """What the chunks' source raises reaches the caller, and the hashing threads end."""
+
+    def chunks() -> Iterator[bytes]:
+        yield LAYER[:100]
+        raise OSError("gone")
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="gone"):
+        built(chunks())
+    assert threading.active_count() == before
+
+
+def test_memory_stays_bounded() -> None:
+    """A layer of 200 MB of tar, whose ztoc is small, is indexed in a few MB of memory."""
+    block = random.Random(3).randbytes(1 << 20)
+    size = 200 << 20
+    info = tarfile.TarInfo("big")
+    info.size = size
+
+    def layer() -> Iterator[bytes]:
+        deflate = zlib.compressobj(1, zlib.DEFLATED, 31)
+        yield deflate.compress(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(size >> 20):
+            yield deflate.compress(block)
+        yield deflate.compress(bytes(1024)) + deflate.flush()
+
+    tracemalloc.start()
+    result = built(layer(), span_size=64 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.uncompressed_size == size + 1536
+    assert peak < 24 << 20
+
+
+def test_building_twice_gives_the_same_bytes() -> None:
+    """No clock, no order of threads and no chunking shows in the result."""
+    assert built(LAYER, span_size=4096) == built(chunked(LAYER, 777), span_size=4096)
