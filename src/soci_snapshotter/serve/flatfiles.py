@@ -92,15 +92,14 @@ class FuseServer:
         if self._ending:
             return
         self._ending = True
-        for thread in self._threads:
-            if thread.is_alive():
-                try:
-                    os.stat(_END, dir_fd=self._connection.mount_fd, follow_symlinks=False)
-                except OSError:
-                    pass  # ENOENT from a thread that ends now; ENOTCONN when the connection is gone
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
+        living = [thread for thread in self._threads if thread.is_alive()]
+        for _ in living:  # counted before: any of them may answer, and one that ends meanwhile had its LOOKUP
+            try:
+                os.stat(_END, dir_fd=self._connection.mount_fd, follow_symlinks=False)
+            except OSError:
+                pass  # ENOENT from a thread that ends now; ENOTCONN when the connection is gone
+        for thread in living:
+            thread.join()
 
     def add(self, node_id: int, file: FlatFile, *, opens: int = 0) -> None:
         """Serve `file` as `node_id` (16 and up); `opens` handles on it are known from before a takeover."""

@@ -111,7 +111,7 @@ def _start(directory: Path) -> socket.socket:
 
 def _take_over(directory: Path, channel: socket.socket) -> Connection | None:
     channel.send(keeper.VERSION + b"G")
-    data, descriptors, _, _ = socket.recv_fds(channel, 4096, 2, socket.MSG_CMSG_CLOEXEC)
+    data, descriptors = _receive(channel)
     verb = data[1:2]
     if verb == b"H" and len(descriptors) == 2:
         return Connection(descriptors[0], descriptors[1], data[2:], fresh=False, held=channel)
@@ -124,6 +124,18 @@ def _take_over(directory: Path, channel: socket.socket) -> Connection | None:
     raise SociError(
         f"{directory}: the keeper there speaks another protocol; end its process, then start again"
     )
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """One message and its descriptors, close-on-exec. (socket.recv_fds of Python 3.11 drops the flags.)"""
+    size = struct.calcsize("2i")
+    data, ancillary, _, _ = channel.recvmsg(4096, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC)
+    return data, [
+        descriptor
+        for level, kind, content in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (descriptor,) in struct.iter_unpack("i", content[: len(content) // 4 * 4])
+    ]
 
 
 def _hand_over(channel: socket.socket, deadline: float) -> Connection:
