@@ -22,7 +22,6 @@ check: setup
 	$(BIN)/ruff check src tests harness bench
 	$(BIN)/ruff format --check src tests harness bench
 	$(BIN)/mypy
-	$(BIN)/mypy harness bench
 	$(BIN)/lint-imports
 
 bench: test-deps setup

@@ -269,7 +269,7 @@ def _spoken(text: str) -> str:
     return f"{place.rstrip('`')}: {message}" if place else text
 
 
-def _unknown(tree: dict[str, Any], kind: Any, prefix: str = "") -> Iterator[str]:
+def _unknown(tree: dict[str, Any], kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
     """Keys of `tree` that `kind` has no field for, as dotted paths."""
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     for key, value in tree.items():

@@ -18,7 +18,9 @@ from soci_snapshotter.linux.syscalls import open_in_root
 DEFAULT = Inherited(mode=0o755, uid=0, gid=0, mtime_s=0, mtime_ns=0, xattrs=())
 """Where no lower layer has the directory: what containerd's apply makes, at the epoch rather than at the pull's time."""
 
-_WRITER_VERSION = b"1"  # part of the hash: a change of what the EROFS writer emits must not meet files of the old one
+_WRITER_VERSION = (
+    b"1"  # part of the hash: a change of what the EROFS writer emits must not meet files of the old one
+)
 
 
 def look_up(path: bytes, lowers: Sequence[bytes]) -> Inherited:

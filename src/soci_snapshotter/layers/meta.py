@@ -75,7 +75,9 @@ def build(request: MetaRequest) -> MetaResult:
     except SociError as error:
         raise type(error)(f"layer {request.layer_digest}, ztoc {request.ztoc_digest}: {error}") from None
     except RecursionError:
-        raise Integrity(f"layer {request.layer_digest}, ztoc {request.ztoc_digest}: paths nested too deep") from None
+        raise Integrity(
+            f"layer {request.layer_digest}, ztoc {request.ztoc_digest}: paths nested too deep"
+        ) from None
     return MetaResult(meta_hash=hash_text, data_size=size, entries=len(table.entries))
 
 

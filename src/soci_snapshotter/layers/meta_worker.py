@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import struct
 import sys
-from typing import BinaryIO
+from typing import IO
 
 import msgspec
 
@@ -29,14 +29,14 @@ class Answer(msgspec.Struct):
     """Class name in `errors`, message."""
 
 
-def write_frame(stream: BinaryIO, value: object) -> None:
+def write_frame(stream: IO[bytes], value: object) -> None:
     """Send one message."""
     body = msgspec.msgpack.encode(value)
     stream.write(LENGTH.pack(len(body)) + body)
     stream.flush()
 
 
-def read_frame(stream: BinaryIO) -> bytes | None:
+def read_frame(stream: IO[bytes]) -> bytes | None:
     """The next message's bytes; None at end of file. Raises Integrity for a frame over FRAME_LIMIT."""
     header = stream.read(LENGTH.size)
     if len(header) < LENGTH.size:

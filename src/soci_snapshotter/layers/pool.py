@@ -35,7 +35,9 @@ class FlightPool:
     def __enter__(self) -> FlightPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self, seconds: float = 2.0) -> None:

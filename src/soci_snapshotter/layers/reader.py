@@ -93,7 +93,9 @@ class LayerReader:
         self._pool = pool
         self._options = options
         self._lock = threading.Lock()
-        self._waiting: dict[int, list[_Parked]] = {}  # span -> who waits for its flight; a key = a flight exists
+        self._waiting: dict[
+            int, list[_Parked]
+        ] = {}  # span -> who waits for its flight; a key = a flight exists
 
     def read(self, unique: int, offset: int, size: int) -> Buffer | None:
         """The bytes, or None when the request was parked; then `replies` hears of `unique` later. Never blocks."""
@@ -117,7 +119,9 @@ class LayerReader:
         if not self._files.has(wanted.start, wanted.stop - 1):
             return None
         data = os.pread(self._fd, size, offset)
-        return data if self._files.epoch == epoch else None  # a failed write-back in between: the pages may be gone
+        return (
+            data if self._files.epoch == epoch else None
+        )  # a failed write-back in between: the pages may be gone
 
     def fetch_ahead(self, spans: Iterable[int]) -> None:
         """Start flights for those of `spans` that are neither here nor on their way."""

@@ -30,7 +30,9 @@ class MetaWorkers:
     def __enter__(self) -> MetaWorkers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -55,11 +57,15 @@ class MetaWorkers:
             except BaseException as error:
                 _end(process)
                 if isinstance(error, OSError):
-                    raise errors.SociError(f"layer {request.layer_digest}: the worker died: {error}") from error
+                    raise errors.SociError(
+                        f"layer {request.layer_digest}: the worker died: {error}"
+                    ) from error
                 raise
             if frame is None:
                 _end(process)
-                raise errors.SociError(f"layer {request.layer_digest}: the worker died with {process.returncode}")
+                raise errors.SociError(
+                    f"layer {request.layer_digest}: the worker died with {process.returncode}"
+                )
             self._give_back(process)
         answer = msgspec.msgpack.decode(frame, type=Answer)
         if answer.result is not None:

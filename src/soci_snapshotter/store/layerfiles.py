@@ -102,7 +102,9 @@ def read_record(directory: Path) -> LayerRecord:
         raise NotFound(f"{path}: no such layer record") from None
     except msgspec.MsgspecError as error:
         raise Integrity(f"{path}: not a layer record: {error}") from None
-    if record.layer_digest != from_hex(directory.parent.name) or record.ztoc_digest != from_hex(directory.name):
+    if record.layer_digest != from_hex(directory.parent.name) or record.ztoc_digest != from_hex(
+        directory.name
+    ):
         raise Integrity(f"{path}: names another layer or ztoc than its directory")
     return record
 
@@ -146,14 +148,18 @@ class SpanFile:
         self.epoch = 0
         """Counts failed write-backs: bytes written or read before one may not be believed after it."""
         self._mark_lock = threading.Lock()
-        self._sync_lock = threading.Lock()  # one make_durable at a time; held over I/O on purpose, nobody else takes it
+        self._sync_lock = (
+            threading.Lock()
+        )  # one make_durable at a time; held over I/O on purpose, nobody else takes it
         self.unsynced = 0
         """Bytes written since the last success of `make_durable`, roughly (several writers, no lock)."""
 
     def __enter__(self) -> SpanFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
