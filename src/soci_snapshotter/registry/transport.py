@@ -1,0 +1,277 @@
+"""One HTTP session with registries over urllib3: authorization, redirects by hand, retries by policy.
+
+`open` returns as soon as a head with an expected status is there; `request` also reads the body, bounded. Both
+raise NotFound or Remote whose one line says who was asked for what. urllib3 itself neither retries nor redirects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import urllib3
+from urllib3.exceptions import HTTPError, InsecureRequestWarning, SSLError
+
+from soci_snapshotter.errors import Remote
+from soci_snapshotter.formats.httpfields import parse_retry_after
+from soci_snapshotter.policy.retry import Retry, is_transient
+from soci_snapshotter.registry import failures, urls
+from soci_snapshotter.registry.auth import TOKEN_ANSWER_LIMIT, Authenticator, Scope
+from soci_snapshotter.registry.credentials import CredentialProvider
+from soci_snapshotter.registry.failures import Subject, Transient
+from soci_snapshotter.registry.options import Options
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Response: TypeAlias = urllib3.BaseHTTPResponse
+
+# Of an answer that is not wanted, as much is read as an error body may have, so that its connection can be kept.
+_ERROR_BODY = 64 << 10
+_PIECE = 256 << 10
+# Connections kept per host: as many layers and spans as are fetched at once.
+_POOL = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request. `body` makes the body anew for each try; its length is `size` bytes."""
+
+    method: str
+    url: str
+    scope: Scope
+    subject: Subject
+    expected: frozenset[int]
+    headers: Mapping[str, str]
+    body: Callable[[], bytes | Iterable[bytes]] | None = None
+    size: int = 0
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer; header names are looked up in any case."""
+
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
+
+
+class Session:
+    """A connection pool with authorization. A context manager; thread safe."""
+
+    def __init__(self, options: Options, credentials: CredentialProvider | None) -> None:
+        self.options = options
+        self.authenticator = Authenticator(credentials, self._fetch_token)
+        # At DEBUG urllib3 logs whole request targets, and a signed query is a secret.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
+        if options.skip_verify:
+            urllib3.disable_warnings(InsecureRequestWarning)  # the user asked for it; once is enough
+        self._pool = urllib3.PoolManager(
+            num_pools=_POOL,
+            maxsize=_POOL,
+            retries=False,
+            ssl_context=options.ssl_context(),
+            headers={"User-Agent": options.user_agent},
+        )
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Close idle connections and end the waits of whoever is about to try again."""
+        self._closed.set()
+        self._pool.clear()
+
+    def request(self, call: Call, limit: int) -> Answer:
+        """The whole answer, its body at most `limit` bytes; Remote when there is more."""
+
+        def attempt() -> Answer:
+            deadline = time.monotonic() + self.options.request_timeout
+            response = self._exchange(call)
+            with closing(response):
+                headers = response.headers
+                if call.method == "HEAD":
+                    return Answer(response.status, headers, b"")
+                data = b"".join(read_pieces(response, limit, call.subject, deadline))
+            return Answer(response.status, headers, data)
+
+        return self.retrying(attempt, self.options.retry)
+
+    @contextlib.contextmanager
+    def open(self, call: Call) -> Iterator[Response]:
+        """An answer whose body the caller reads (read_pieces)."""
+        response = self.retrying(lambda: self._exchange(call), self.options.retry)
+        with closing(response):
+            yield response
+
+    @contextlib.contextmanager
+    def open_once(self, call: Call) -> Iterator[Response]:
+        """Like open, but a failure is raised as Transient at once: the caller has more to start over."""
+        response = self._exchange(call)
+        with closing(response):
+            yield response
+
+    def retrying(self, attempt: Callable[[], T], retry: Retry) -> T:
+        """Run `attempt` until it does not raise Transient or no try is left."""
+        while True:
+            try:
+                return attempt()
+            except Transient as transient:
+                # random: jitter, not a secret
+                after = retry.after_failure(random.random(), transient.retry_after)  # noqa: S311
+                if after is None:
+                    raise transient.error from None
+                wait, retry = after
+                _log.debug(
+                    "registry request will be tried again", extra={"reason": str(transient), "wait": wait}
+                )
+                if self._closed.wait(wait):
+                    raise transient.error from None
+
+    def _exchange(self, call: Call) -> Response:
+        """One try: the head of an answer with an expected status. Raises Transient, Remote or NotFound."""
+        authorization = self.authenticator.header(call.scope)
+        renewed = False
+        while True:
+            response, at_home = self._follow(call, authorization)
+            if response.status in call.expected:
+                return response
+            body = discard(response)
+            status = response.status
+            # ECR says 403, not 401, when a token has expired.
+            if at_home and not renewed and (status == 401 or (status == 403 and authorization is not None)):
+                renewed = True
+                if status == 401:
+                    field = response.headers.get("WWW-Authenticate", "")
+                    authorization = self.authenticator.answer(call.scope, call.url, field, authorization)
+                    if authorization is not None:
+                        continue
+                elif authorization is not None:
+                    self.authenticator.forget(call.scope, authorization)
+                    authorization = None
+                    continue
+            error = failures.refused(call.subject, status, body)
+            if is_transient(status):
+                raise Transient(
+                    error, parse_retry_after(response.headers.get("Retry-After", ""), time.time())
+                )
+            raise error
+
+    def _follow(self, call: Call, authorization: str | None) -> tuple[Response, bool]:
+        """Send, follow redirects; the last answer, and whether the registry itself gave it."""
+        home, _ = urls.split(call.url)
+        allowed = urls.REDIRECTS if call.body is None else urls.BODY_REDIRECTS
+        url, at_home = call.url, True
+        for _ in range(urls.MAX_REDIRECTS + 1):
+            headers = dict(call.headers)
+            if authorization is not None and at_home:
+                headers["Authorization"] = authorization
+            response = self._send(call, url, headers)
+            location = response.headers.get("Location")
+            if location is None or response.status not in allowed or response.status in call.expected:
+                return response, at_home
+            discard(response)
+            url = urls.follow(url, location, call.subject)
+            # Once away it stays away: what another host names on the registry is not asked with credentials.
+            at_home = at_home and urls.split(url)[0] == home
+        raise Remote(f"{call.subject}: more than {urls.MAX_REDIRECTS} redirects; check the registry")
+
+    def _send(self, call: Call, url: str, headers: dict[str, str]) -> Response:
+        read = self.options.read_timeout if call.timeout is None else call.timeout
+        body: bytes | Iterable[bytes] | None = None
+        if call.body is not None:
+            body = call.body()
+            headers["Content-Length"] = str(call.size)
+        try:
+            return self._pool.urlopen(
+                call.method,
+                url,
+                body=body,
+                headers={"User-Agent": self.options.user_agent, "Accept-Encoding": "identity", **headers},
+                redirect=False,
+                retries=False,
+                preload_content=False,
+                decode_content=False,
+                timeout=urllib3.Timeout(connect=self.options.connect_timeout, read=read),
+            )
+        except (HTTPError, OSError) as error:
+            raise _broken(call.subject, error) from None
+
+    def _fetch_token(self, url: str, basic: str | None, subject: Subject) -> bytes:
+        """GET a token once; the request that needs it is what is tried again."""
+        headers = {} if basic is None else {"Authorization": basic}
+        scope = Scope(subject.host, subject.repository, "")
+        call = Call("GET", url, scope, subject, frozenset({200}), headers)
+        response, _ = self._follow(call, basic)
+        with closing(response):
+            if response.status != 200:
+                error = failures.refused(subject, response.status, discard(response))
+                if is_transient(response.status):
+                    raise Transient(error)
+                raise error
+            deadline = time.monotonic() + self.options.read_timeout
+            return b"".join(read_pieces(response, TOKEN_ANSWER_LIMIT, subject, deadline))
+
+
+def read_pieces(response: Response, limit: int, subject: Subject, deadline: float | None) -> Iterator[bytes]:
+    """The body as it arrives. Remote when it is longer than `limit`, Transient when it breaks off or drips on."""
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding.lower() not in ("identity", ""):
+        raise Remote(f"{subject}: answer is encoded as {encoding[:40]!r} unasked; check the registry's proxy")
+    announced = response.headers.get("Content-Length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise Remote(f"{subject}: {announced} bytes announced, more than the {limit} allowed")
+    received = 0
+    try:
+        while piece := response.read1(_PIECE):
+            received += len(piece)
+            if received > limit:
+                raise Remote(f"{subject}: more than the {limit} bytes allowed")
+            yield piece
+            if deadline is not None and time.monotonic() > deadline:
+                raise Transient(failures.unreachable(subject, TimeoutError()))
+    except (HTTPError, OSError) as error:
+        raise _broken(subject, error) from None
+
+
+def discard(response: Response) -> bytes:
+    """Read a small body so that the connection can be kept, close it if there is more; return what was read."""
+    try:
+        body = response.read(_ERROR_BODY)
+        if len(body) == _ERROR_BODY:
+            response.close()
+    except (HTTPError, OSError):
+        response.close()
+        return b""
+    response.release_conn()
+    return body
+
+
+@contextlib.contextmanager
+def closing(response: Response) -> Iterator[None]:
+    """Give the connection back when its answer was read to the end, close it otherwise."""
+    try:
+        yield
+    except BaseException:
+        response.close()
+        raise
+    finally:
+        with contextlib.suppress(HTTPError, OSError, ValueError):
+            if not response.closed and response.read1(1):
+                response.close()
+        response.release_conn()
+
+
+def _broken(subject: Subject, error: BaseException) -> Exception:
+    cause = failures.root_cause(error)
+    if isinstance(error, SSLError):
+        return failures.untrusted(subject, error)
+    if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+        return failures.unreachable(subject, error)  # a name that does not exist will not in a second
+    return Transient(failures.unreachable(subject, error))
