@@ -2,4 +2,4 @@ module soci.test/ociregistry
 
 go 1.25.0
 
-require github.com/google/go-containerregistry v0.22.1 // indirect
+require github.com/google/go-containerregistry v0.22.1

@@ -15,6 +15,7 @@ from soci_snapshotter.errors import Integrity, Invalid, NotFound, Remote
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci
 from soci_snapshotter.formats.digest import Digest
+from soci_snapshotter.formats.httpfields import Range
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.registry import referrers, upload
@@ -94,7 +95,7 @@ class RegistryClient:
             yield ()
             return
         path, what = _place(descriptor)
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        headers = {"Range": str(Range(offset, descriptor.size))} if offset else {}
         call = self.call("GET", repo, path, what, headers=headers, expected=frozenset({200, 206}))
         with self.session.open(call) as response:
             skip = offset if response.status == 200 else 0

@@ -1,0 +1,100 @@
+"""Registries on free loopback ports: Debian's docker-registry, and a Go one with the OCI 1.1 referrers API."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_SOURCE = Path(__file__).parent / "ociregistry"
+_CACHE = Path(__file__).parent.parent / ".cache" / "bin"
+
+
+@dataclass(frozen=True)
+class RunningRegistry:
+    """Where it listens."""
+
+    port: int
+
+    @property
+    def host(self) -> str:
+        """`127.0.0.1:PORT`, as an image reference takes it."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """For a socket, or harness.proxy."""
+        return "127.0.0.1", self.port
+
+
+@contextlib.contextmanager
+def start_registry(root: Path) -> Iterator[RunningRegistry]:
+    """docker-registry (no referrers API), its storage under `root`."""
+    port = _free_port()
+    root.mkdir(parents=True, exist_ok=True)
+    config = root / "config.yml"
+    config.write_text(
+        "version: 0.1\nlog: {level: warn}\n"
+        f"storage: {{filesystem: {{rootdirectory: {root / 'data'}}}, delete: {{enabled: true}}}}\n"
+        f"http: {{addr: '127.0.0.1:{port}'}}\n"
+    )
+    with _running(["docker-registry", "serve", str(config)], port, root / "log"):
+        yield RunningRegistry(port)
+
+
+@contextlib.contextmanager
+def start_oci_registry(root: Path) -> Iterator[RunningRegistry]:
+    """The Go registry with the referrers API; blobs on disk under `root`."""
+    binary = build_oci_registry()
+    port = _free_port()
+    (root / "blobs").mkdir(parents=True, exist_ok=True)
+    with _running([str(binary), f"127.0.0.1:{port}", str(root / "blobs")], port, root / "log"):
+        yield RunningRegistry(port)
+
+
+def build_oci_registry() -> Path:
+    """Build harness/ociregistry once into .cache/bin."""
+    binary = _CACHE / "ociregistry"
+    sources = [_SOURCE / "main.go", _SOURCE / "go.mod"]
+    if not binary.exists() or binary.stat().st_mtime < max(each.stat().st_mtime for each in sources):
+        _CACHE.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["nice", "go", "build", "-o", str(binary), "."], cwd=_SOURCE, check=True)
+    return binary
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _running(command: list[str], port: int, log: Path) -> Iterator[None]:
+    environment = {**os.environ, "OTEL_TRACES_EXPORTER": "none"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            _wait(process, port, log)
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise RuntimeError(f"{process.args!r} did not start: {log.read_text()[-2000:]}")
