@@ -366,7 +366,7 @@ class _Writer:
         self.image.extend(bytes(-len(self.image) % 32))
         return nid
 
-    def _inode(  # noqa: PLR0917  # the fields of the inode, in its order
+    def _inode(  # the fields of the inode, in its order
         self,
         layout: int,
         mode: int,
