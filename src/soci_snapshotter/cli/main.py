@@ -29,7 +29,7 @@ _INTERRUPTED = 130
 class _Commands(click.Group):
     """One module per command, imported when it is used: `create` needs no HTTP, say."""
 
-    names = ("create",)
+    names = ("create", "pull", "push")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """For --help."""

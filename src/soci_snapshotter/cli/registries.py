@@ -11,7 +11,10 @@ import click
 
 from ..errors import Invalid
 from ..formats.reference import Reference
+from ..registry.client import RegistryClient
 from ..registry.credentials import CredentialProvider, DockerConfig
+from ..registry.options import Options
+from ..registry.urls import speaks_http
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -42,3 +45,12 @@ def credentials(ref: Reference, user: str | None) -> CredentialProvider:
         return (name, password) if host == ref.host else None
 
     return only_this_host
+
+
+def open_registry(ref: Reference, *, user: str | None, plain_http: bool, skip_verify: bool) -> RegistryClient:
+    """A client for the registry of `ref`, to be used as a context manager."""
+    options = Options(
+        plain_http=(lambda host: host == ref.host or speaks_http(host)) if plain_http else speaks_http,
+        skip_verify=skip_verify,
+    )
+    return RegistryClient(options, credentials(ref, user))

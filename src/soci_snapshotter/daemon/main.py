@@ -1,0 +1,113 @@
+"""`soci-snapshotter-grpc`: flags, environment, signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import click
+
+from soci_snapshotter import __version__
+from soci_snapshotter.daemon import config as configs
+from soci_snapshotter.daemon import logs
+from soci_snapshotter.daemon.wiring import running
+from soci_snapshotter.errors import Config, SociError
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_ADDRESS = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock"
+DEFAULT_ROOT = "/var/lib/soci-snapshotter-grpc"
+SWITCH_SECONDS = (
+    0.001  # a page fault waits for the interpreter at most this long behind other Python (DATA-PLANE.md)
+)
+
+
+@click.group(invoke_without_command=True)
+@click.option("--address", envvar="SOCI_SNAPSHOTTER_ADDRESS", default=DEFAULT_ADDRESS, show_default=True)
+@click.option(
+    "--config",
+    "config_path",
+    envvar="SOCI_SNAPSHOTTER_CONFIG",
+    default=str(configs.DEFAULT_PATH),
+    show_default=True,
+)
+@click.option("--log-level", envvar="SOCI_SNAPSHOTTER_LOG_LEVEL", default="info", show_default=True)
+@click.option("--root", envvar="SOCI_SNAPSHOTTER_ROOT", default=DEFAULT_ROOT, show_default=True)
+@click.version_option(__version__, "--version", "-v")
+@click.pass_context
+def cli(context: click.Context, address: str, config_path: str, log_level: str, root: str) -> None:
+    """The snapshotter daemon: containerd's snapshots service on a unix socket, layers mounted lazily."""
+    context.obj = config_path
+    if context.invoked_subcommand is None:
+        _serve(address, Path(config_path), log_level, Path(root))
+
+
+@cli.group()
+def config() -> None:
+    """Show configuration."""
+
+
+@config.command()
+def default() -> None:
+    """The defaults, as TOML."""
+    sys.stdout.write(configs.dump(configs.Config()).decode())
+
+
+@config.command()
+@click.pass_obj
+def dump(config_path: str) -> None:
+    """What --config says, with the defaults filled in, as TOML."""
+    loaded, _ = configs.load(Path(config_path))
+    sys.stdout.write(configs.dump(loaded).decode())
+
+
+def _serve(address: str, config_path: Path, log_level: str, root: Path) -> None:
+    logs.set_up(log_level)
+    loaded, warnings = configs.load(config_path)
+    for warning in warnings:
+        _log.warning(warning)
+    if not address.startswith("/"):
+        raise Config(f"--address {address}: want an absolute path of a unix socket")
+    sys.setswitchinterval(SWITCH_SECONDS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # before the first thread
+    docker = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+    with running(loaded, root=root.absolute(), address=Path(address), docker_config=docker) as daemon:
+        _notify("READY=1")
+        _log.info("serving", extra={"address": address, "root": str(root), "version": __version__})
+        number = signal.sigwait({signal.SIGTERM, signal.SIGINT})
+        _notify("STOPPING=1")
+        _log.info("stopping", extra={"signal": signal.Signals(number).name})
+        if number == signal.SIGINT:
+            daemon.unmount_all()
+
+
+def _notify(state: str) -> None:
+    """sd_notify(3): one datagram to $NOTIFY_SOCKET; silent without systemd."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+        except OSError as error:
+            _log.warning("systemd was not notified", extra={"error": str(error)})
+
+
+def main() -> None:
+    """The console script: one line for an error, its exit code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        print(f"soci-snapshotter-grpc: {error.format_message()}", file=sys.stderr)
+        sys.exit(1)
+    except SociError as error:
+        print(f"soci-snapshotter-grpc: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

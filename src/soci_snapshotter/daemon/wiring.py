@@ -1,0 +1,163 @@
+"""Builds the daemon from its parts, lowest first, and takes it down in the opposite order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from soci_snapshotter.containerd.stubs.snapshots_pb2_grpc import add_SnapshotsServicer_to_server
+from soci_snapshotter.daemon.config import Config
+from soci_snapshotter.daemon.snapshots_service import SnapshotsService
+from soci_snapshotter.errors import Integrity
+from soci_snapshotter.formats import digest as digests
+from soci_snapshotter.formats import reference as references
+from soci_snapshotter.layers.lazy import Lazy, Syncer
+from soci_snapshotter.layers.openlayer import Surroundings
+from soci_snapshotter.layers.openlayers import OpenLayers
+from soci_snapshotter.layers.pool import FlightPool
+from soci_snapshotter.layers.reader import RangeSource, ReadOptions
+from soci_snapshotter.layers.resolve import DEFAULT_CACHE, IndexResolver
+from soci_snapshotter.layers.workers import MetaWorkers
+from soci_snapshotter.policy.prepare import Options as PrepareOptions
+from soci_snapshotter.policy.retry import Retry
+from soci_snapshotter.registry.client import RegistryClient
+from soci_snapshotter.registry.credentials import DockerConfig
+from soci_snapshotter.registry.options import Options
+from soci_snapshotter.registry.pool import ConnectionPool
+from soci_snapshotter.registry.ranges import BlobReader
+from soci_snapshotter.serve import keeper_client
+from soci_snapshotter.serve.erofs_mounts import ErofsMounts, probe
+from soci_snapshotter.serve.flatfiles import FuseServer
+from soci_snapshotter.snapshotter.directories import overlay_options
+from soci_snapshotter.snapshotter.snapshotter import Snapshotter
+from soci_snapshotter.store.content import ContentStore
+from soci_snapshotter.store.layerfiles import LayerRecord, boot_id
+
+_log = logging.getLogger(__name__)
+
+FLIGHTS = (
+    16  # spans under way at once: a link of 10 ms and 500 Mbit/s is full with 16 of 1.3 MB (DATA-PLANE.md)
+)
+RPC_THREADS = 32  # calls block while a layer is resolved; an image has 10 to 30 layers
+META_WORKERS = 2  # processes that build meta.erofs at once
+STOP_SECONDS = 5.0  # what calls under way are given when the daemon stops
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """What runs."""
+
+    layers: OpenLayers
+    run_dir: Path
+
+    def unmount_all(self) -> None:
+        """SIGINT: take every mount down, and the keeper with them."""
+        self.layers.unmount_all()
+        keeper_client.stop(self.run_dir)
+
+
+@contextmanager
+def running(config: Config, *, root: Path, address: Path, docker_config: Path) -> Iterator[Daemon]:
+    """The daemon serves while the block lasts. Raises Config or Unsupported, one line each, when it cannot."""
+    for directory in (root, root / "snapshotter", address.parent):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stack_kind = probe(root)
+    with ExitStack() as stack:
+        connection = stack.enter_context(keeper_client.acquire(address.parent))
+        fresh = connection.fresh  # entering the server does not change what it was
+        content = ContentStore(root / "content")
+        client = stack.enter_context(RegistryClient(_registry_options(config), DockerConfig(docker_config)))
+        connections = ConnectionPool(client.options.ssl_context())
+        stack.callback(connections.close)
+        workers = stack.enter_context(MetaWorkers(META_WORKERS))
+        releases = stack.enter_context(ThreadPoolExecutor(1, "release"))
+        ours: list[OpenLayers] = []
+        server = FuseServer(connection, on_release=lambda node: _released(releases, ours, node))
+        pool = FlightPool(FLIGHTS)
+
+        def source(record: LayerRecord, size: int) -> RangeSource:
+            if not record.sources:
+                raise Integrity(f"layer {record.layer_digest}: no source is known")
+            reference = references.parse(record.sources[0])
+            return BlobReader(client, connections, reference, digests.parse(record.layer_digest), size)
+
+        options = ReadOptions(float(config.blob.fetching_timeout_sec or 300))
+        layers = stack.enter_context(
+            OpenLayers(
+                root,
+                content=content,
+                workers=workers,
+                server=server,
+                mounter=ErofsMounts(stack_kind, root / "m"),
+                around=Surroundings(server, pool, options, boot_id(), source),
+            )
+        )
+        ours.append(layers)
+        layers.restore_files()
+        stack.enter_context(Syncer(layers))
+        stack.enter_context(server)
+        stack.enter_context(pool)
+        modes = config.pull_modes
+        resolver = IndexResolver(
+            client,
+            v1=modes.soci_v1.enable,
+            v2=modes.soci_v2.enable,
+            entries=config.resolve_result_entry or DEFAULT_CACHE,
+        )
+        snapshotter = stack.enter_context(
+            Snapshotter(
+                os.fsencode(root / "snapshotter"),
+                lazy=Lazy(layers, resolver, client, content),
+                options=PrepareOptions(discover=modes.soci_v1.enable or modes.soci_v2.enable),
+                overlay_options=overlay_options(),
+            )
+        )
+        layers.restore_mounts((number for number, _ in snapshotter.lazy_rows()), fresh=fresh)
+        threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True).start()
+        stack.enter_context(_serving(snapshotter, address))
+        yield Daemon(layers, address.parent)
+
+
+@contextmanager
+def _serving(snapshotter: Snapshotter, address: Path) -> Iterator[None]:
+    """gRPC on the unix socket `address`; a socket left by a dead daemon is replaced (the keeper allows one daemon)."""
+    address.unlink(missing_ok=True)
+    with ThreadPoolExecutor(RPC_THREADS, "rpc") as pool:
+        server = grpc.server(pool)
+        add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
+        server.add_insecure_port(f"unix:{address}")
+        server.start()
+        os.chmod(address, 0o600)
+        try:
+            yield
+        finally:
+            server.stop(STOP_SECONDS).wait()
+
+
+def _released(executor: ThreadPoolExecutor, layers: list[OpenLayers], node: int) -> None:
+    for table in layers:
+        try:
+            executor.submit(table.released, node)
+        except RuntimeError:  # stopping: the next start finds a layer without mounts and drops it
+            _log.debug("release while stopping", extra={"node": node})
+
+
+def _registry_options(config: Config) -> Options:
+    http, blob = config.http, config.blob
+    return Options(
+        connect_timeout=(http.DialTimeoutMsec or 3000) / 1000,
+        request_timeout=(http.RequestTimeoutMsec or 300_000) / 1000,
+        retry=Retry(
+            attempts=blob.max_retries or http.MaxRetries or 8,
+            min_wait=(blob.min_wait_msec or http.MinWaitMsec or 30) / 1000,
+            max_wait=(blob.max_wait_msec or http.MaxWaitMsec or 300_000) / 1000,
+        ),
+    )
