@@ -234,8 +234,8 @@ class OpenLayers:
         return self._workers.build(
             MetaRequest(
                 ztoc_path=str(self._content.path(key.ztoc)),
-                ztoc_digest=key.ztoc,
-                layer_digest=key.layer,
+                ztoc_digest=str(key.ztoc),
+                layer_digest=str(key.layer),
                 directory=str(directory),
                 lowers=tuple(os.fsencode(lower) for lower in lowers),
             )
@@ -243,8 +243,8 @@ class OpenLayers:
 
     def _open_new(self, key: LayerKey, directory: Path, reference: str, meta: MetaResult) -> OpenLayer:
         record = LayerRecord(
-            layer_digest=key.layer,
-            ztoc_digest=key.ztoc,
+            layer_digest=str(key.layer),
+            ztoc_digest=str(key.ztoc),
             node_id=FIRST_NODE + secrets.randbits(_NODE_BITS),
             data_size=meta.data_size,
             sources=(reference,),

@@ -1,4 +1,4 @@
-"""What every unit test gets."""
+"""What every test gets."""
 
 import logging
 from collections.abc import Iterator
