@@ -151,7 +151,10 @@ def test_any_tar_in_any_gzip_is_usable(
     assert_usable(result, layer, tar)
     with tarfile.open(fileobj=io.BytesIO(tar), errors="surrogateescape") as reader:
         seen = [(i.name.encode("utf-8", "surrogateescape"), i.offset_data, i.size) for i in reader]
-    assert [(e.name, e.offset, e.size) for e in result.entries] == seen
+    # tarfile takes a slash off the end of a PAX path; the ztoc keeps the tar's own string (FORMATS.md, 1).
+    assert [(e.name.rstrip(b"/"), e.offset, e.size) for e in result.entries] == [
+        (name.rstrip(b"/"), offset, size) for name, offset, size in seen
+    ]
 
 
 @settings(deadline=None, max_examples=50)
