@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from ..containerd.client import ContainerdClient
 from ..containerd.snapshots import Snapshots
@@ -203,7 +204,7 @@ def _children_labels(document: Manifest | oci.Index) -> dict[str, str]:
 
 def _source_labels(ref: Reference) -> dict[str, str]:
     """Where content came from; containerd mounts blobs across repositories by it when it pushes."""
-    return {_SOURCE + ref.domain: ref.path}
+    return {_SOURCE + _host_name(ref): ref.path}
 
 
 def _missing(snapshots: Snapshots, image: _Image) -> list[Descriptor]:
@@ -349,3 +350,8 @@ def _joined(key: str, values: Sequence[str]) -> str:
             break
         joined = longer
     return joined
+
+
+def _host_name(ref: Reference) -> str:
+    """The registry's name without its port, as containerd's own client labels it."""
+    return urlsplit("//" + ref.domain).hostname or ref.domain
