@@ -104,6 +104,8 @@ class Authenticator:
 
         `rejected` is the header that the 401 rejected. Raises Remote, or Transient, when no token is to be had.
         """
+        if not scope.repository:
+            return None  # another host than the registry's, an upload sent elsewhere: it gets no credentials
         if rejected is not None:
             self.forget(scope, rejected)
         if (renewed := self.header(scope)) is not None:

@@ -1,0 +1,100 @@
+"""What is believed of a layer's files after a killed process, a power loss and a failing disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from soci_snapshotter.errors import Integrity, NotFound
+from soci_snapshotter.formats import digest as digests
+from soci_snapshotter.store import layerfiles
+from soci_snapshotter.store.layerfiles import LayerRecord, SpanFile
+
+BOOT, NEXT = b"a" * 36, b"b" * 36
+
+
+def opened(directory: Path, boot: bytes = BOOT) -> SpanFile:
+    """Four spans of 512 bytes."""
+    return SpanFile(directory, 4, 2048, boot)
+
+
+def test_marks_survive_a_killed_process(tmp_path: Path) -> None:
+    """Within one boot a mark written without any sync is believed."""
+    with opened(tmp_path) as files:
+        files.write(1, 512, memoryview(b"x" * 512))
+    with opened(tmp_path) as files:
+        assert bytes(files.live) == b"\0\1\0\0"
+        assert os.pread(files.fd, 512, 512) == b"x" * 512
+
+
+def test_marks_do_not_survive_a_power_loss(tmp_path: Path) -> None:
+    """In the next boot only what was made durable is believed."""
+    with opened(tmp_path) as files:
+        files.write(0, 0, memoryview(b"x" * 512))
+        assert files.make_durable() == 1
+        files.write(1, 512, memoryview(b"y" * 512))
+    with opened(tmp_path, NEXT) as files:
+        assert bytes(files.live) == b"\1\0\0\0"
+    with opened(tmp_path, NEXT) as files:
+        assert bytes(files.live) == b"\1\0\0\0"
+
+
+def test_a_torn_durable_file_is_not_believed(tmp_path: Path) -> None:
+    """One flipped byte: every span is fetched again."""
+    with opened(tmp_path) as files:
+        files.write(0, 0, memoryview(b"x" * 512))
+        files.make_durable()
+    path = tmp_path / "spans.durable"
+    raw = bytearray(path.read_bytes())
+    raw[-40] ^= 1
+    path.write_bytes(raw)
+    with opened(tmp_path, NEXT) as files:
+        assert bytes(files.live) == bytes(4)
+
+
+def test_a_failed_write_back_takes_marks_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fdatasync failed: the marks since the last success are gone, in memory and on disk."""
+    with opened(tmp_path) as files:
+        files.write(0, 0, memoryview(b"x" * 512))
+        files.make_durable()
+        files.write(2, 1024, memoryview(b"y" * 512))
+
+        def failing(fd: int) -> None:
+            raise OSError(5, "I/O error")
+
+        monkeypatch.setattr(os, "fdatasync", failing)
+        with pytest.raises(OSError, match="I/O error"):
+            files.make_durable()
+        monkeypatch.undo()
+        assert bytes(files.live) == b"\1\0\0\0"
+        assert files.epoch == 1
+    with opened(tmp_path) as files:
+        assert bytes(files.live) == b"\1\0\0\0"
+
+
+def test_marks_of_another_shape_are_dropped(tmp_path: Path) -> None:
+    """A file for another number of spans says nothing."""
+    with opened(tmp_path) as files:
+        files.write(0, 0, memoryview(b"x" * 512))
+    with SpanFile(tmp_path, 5, 2560, BOOT) as files:
+        assert bytes(files.live) == bytes(5)
+
+
+def test_records_round_trip_and_are_checked(tmp_path: Path) -> None:
+    """layer.json comes back as written; in another layer's directory, or broken, it is refused."""
+    layer, ztoc = digests.sha256(b"layer"), digests.sha256(b"ztoc")
+    directory = layerfiles.layer_directory(tmp_path, layer, ztoc)
+    directory.mkdir(parents=True)
+    with pytest.raises(NotFound):
+        layerfiles.read_record(directory)
+    record = LayerRecord(str(layer), str(ztoc), 99, 2048, ("r.example.com/a:1",), {"h": 3})
+    layerfiles.write_record(directory, record)
+    assert layerfiles.read_record(directory) == record
+    assert list(layerfiles.scan(tmp_path)) == [directory]
+    assert record.with_source("b").sources == ("b", "r.example.com/a:1")
+    assert record.with_mount("g", 4).without_mount(3).mounts == {"g": 4}
+    layerfiles.write_record(directory, LayerRecord(str(ztoc), str(layer), 1, 0, (), {}))
+    with pytest.raises(Integrity):
+        layerfiles.read_record(directory)
