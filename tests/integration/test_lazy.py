@@ -123,8 +123,11 @@ def test_bad_ztocs_fall_back(rig: Rig) -> None:
         ),
         "huge": ztoc_writer.encode(replaced(table, uncompressed_size=5 << 40)),
     }
-    for name, data in bad.items():
-        layout = rig.publish(f"bad{name}", [EDGE3], index=False)
+    for seed, (name, data) in enumerate(bad.items(), 100):
+        below, _ = big_layer(
+            seed, files=1, size=512
+        )  # a chain of its own: no other image's snapshot serves it
+        layout = rig.publish(f"bad{name}", [below, EDGE3], index=False)
         subject = manifest_descriptor(layout)
         entry = sociindex.ZtocDescriptor(
             digest=digests.sha256(data),
@@ -134,9 +137,10 @@ def test_bad_ztocs_fall_back(rig: Rig) -> None:
             span_size=4 << 20,
         )
         push_index(rig, f"bad{name}", sociindex.build(subject, [entry], "test"), data)
-        before = rig.lazy_layers()
+        before, logged = rig.lazy_layers(), rig.daemon.log.count("failed to prepare remote snapshot")
         rig.pull(f"bad{name}")
         assert rig.lazy_layers() == before, name
+        assert rig.daemon.log.count("failed to prepare remote snapshot") == logged + 1, name
         with rig.rootfs(layout, "soci") as root:
             assert any(root.iterdir())
         assert f"layer {EDGE3.digest}" in rig.daemon.log
