@@ -12,6 +12,7 @@ import multiprocessing.connection
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -113,6 +114,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        # Its start unblocks SIGINT behind our back (multiprocessing/resource_tracker.py), so it comes first.
+        resource_tracker.ensure_running()
         # Blocked from its first instruction on: Ctrl-C reaches the whole group, and the parent decides (_serve).
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
