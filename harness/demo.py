@@ -101,7 +101,7 @@ def measure(image: DemoImage, scratch: Path, link: Link) -> tuple[Start, Start]:
             overlayfs = _start(containerd, proxy, pull, reference, "overlayfs")
             _say("indexing it: soci create, soci push")
             for command in (["create", reference], ["push", "--plain-http", reference]):
-                _run([_program("soci"), "--address", containerd.address, *command])
+                _run([*_soci(containerd, scratch), *command])
         # Nothing of the first start is left to help the second one.
         shutil.rmtree(scratch / "c1")
         socket = scratch / "soci.sock"
@@ -110,7 +110,7 @@ def measure(image: DemoImage, scratch: Path, link: Link) -> tuple[Start, Start]:
             start_daemon(scratch / "d", address=socket, containerd=containerd),
         ):
             _say("starting it lazily: soci pull")
-            pull = [_program("soci"), "--address", containerd.address, "pull", "--plain-http", reference]
+            pull = [*_soci(containerd, scratch), "pull", "--plain-http", reference]
             lazy = _start(containerd, proxy, pull, reference, "soci")
             containerd.ctr("images", "rm", "--sync", reference)
     return overlayfs, lazy
@@ -195,6 +195,11 @@ def _interrupted(number: int, _: object) -> None:
         signal.signal(each, signal.SIG_IGN)
     _say("interrupted; cleaning up")
     raise SystemExit(128 + number)
+
+
+def _soci(containerd: Containerd, scratch: Path) -> list[str]:
+    """Our command, with its list of indexes in the scratch directory."""
+    return [_program("soci"), "--address", containerd.address, "--root", str(scratch / "cli")]
 
 
 def _program(name: str) -> str:

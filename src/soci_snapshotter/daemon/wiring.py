@@ -16,6 +16,7 @@ import grpc
 from soci_snapshotter.containerd.stubs.snapshots_pb2_grpc import add_SnapshotsServicer_to_server
 from soci_snapshotter.daemon.config import Config
 from soci_snapshotter.daemon.snapshots_service import SnapshotsService
+from soci_snapshotter.errors import Config as ConfigError
 from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference as references
@@ -68,7 +69,12 @@ class Daemon:
 def running(config: Config, *, root: Path, address: Path, docker_config: Path) -> Iterator[Daemon]:
     """The daemon serves while the block lasts. Raises Config or Unsupported, one line each, when it cannot."""
     for directory in (root, root / "snapshotter", address.parent):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{directory}: {error.strerror}; run as root, or choose --root and --address"
+            ) from None
     stack_kind = probe(root)
     with ExitStack() as stack:
         connection = stack.enter_context(keeper_client.acquire(address.parent))

@@ -1,0 +1,86 @@
+"""An HTTP server on a raw socket whose answers a test writes byte for byte; it remembers what it was asked."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request; header names in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    number: int
+    """How many requests for the same path came before."""
+
+
+Answer = Callable[[Asked], bytes | None]
+"""Raw bytes to send before the connection closes; None: say nothing until the client gives up."""
+
+
+@dataclass
+class BadServer:
+    """Where it listens, and every request it got."""
+
+    host: str
+    asked: list[Asked] = field(default_factory=list)
+
+
+def reply(status: str, body: bytes = b"", **headers: str) -> bytes:
+    """A whole answer; underscores in header names become hyphens, Content-Length is right unless given."""
+    fields = {"Content_Length": str(len(body)), **headers}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 {status}\r\n{lines}Connection: close\r\n\r\n".encode() + body
+
+
+@contextmanager
+def bad_server(answer: Answer) -> Iterator[BadServer]:
+    """Serve on loopback until the block is left."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = BadServer(f"127.0.0.1:{listener.getsockname()[1]}")
+        ending = threading.Event()
+
+        def accept() -> None:
+            while not ending.is_set():
+                with suppress(OSError):
+                    connection, _ = listener.accept()
+                    threading.Thread(
+                        target=_serve, args=(connection, server, answer, ending), daemon=True
+                    ).start()
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            ending.set()
+            with suppress(OSError):
+                socket.create_connection(listener.getsockname()).close()  # wakes accept
+            thread.join(5)
+
+
+def _serve(connection: socket.socket, server: BadServer, answer: Answer, ending: threading.Event) -> None:
+    with connection, suppress(OSError):
+        connection.settimeout(30)
+        head = b""
+        while b"\r\n\r\n" not in head:
+            piece = connection.recv(65536)
+            if not piece:
+                return
+            head += piece
+        first, *lines = head.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+        method, path, _ = first.split(" ")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        asked = Asked(method, path, headers, sum(each.path == path for each in server.asked))
+        server.asked.append(asked)
+        said = answer(asked)
+        if said is None:
+            ending.wait(30)
+        else:
+            connection.sendall(said)
