@@ -103,7 +103,8 @@ def small_files(count: int) -> Iterator[Environment]:
 def soci(containerd: Containerd, *arguments: str) -> None:
     """Runs our command against this containerd; its output is shown only if it fails."""
     program = str(Path(sys.executable).parent / "soci")
-    command = [program, "--address", containerd.address, *arguments]
+    root = containerd.base / "cli"
+    command = [program, "--address", containerd.address, "--root", str(root), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
