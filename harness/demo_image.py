@@ -25,8 +25,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SUITE = "bookworm"
 """Debian 12 whatever the host is: its Python is 3.11, for which the wheels below exist."""
 
-MIRROR = "http://deb.debian.org/debian"
-
 WHEELS = (
     "numpy==2.4.6",
     "scipy==1.17.1",
@@ -222,7 +220,7 @@ def _system_python() -> str:
 def _debootstrap(cache: Path, target: Path) -> None:
     debs = cache / f"debs-{SUITE}-base"
     debs.mkdir(exist_ok=True)
-    _run(["debootstrap", "--variant=minbase", f"--cache-dir={debs}", SUITE, str(target), MIRROR])
+    _run(["debootstrap", "--variant=minbase", f"--cache-dir={debs}", SUITE, str(target)])
     # debootstrap copies the host's; an image that anybody else would make has neither.
     (target / "etc/hostname").unlink(missing_ok=True)
     (target / "etc/resolv.conf").write_bytes(b"")
