@@ -1,4 +1,4 @@
-"""containerd's own snapshotter suite (Go, harness/conformance) against our gRPC edge and Snapshotter."""
+"""containerd's own snapshotter suite (Go, harness/conformance) against the daemon."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+from harness.daemon import start_daemon
 
 from soci_snapshotter.containerd.stubs import snapshots_pb2
 from soci_snapshotter.containerd.stubs.snapshots_pb2_grpc import SnapshotsStub
@@ -69,17 +69,9 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def socket(root: Path) -> Iterator[str]:
-    """A server process of ours; its socket."""
-    path = str(root / "s.sock")
-    command = [sys.executable, "-m", "harness.snapshot_server", str(root / "snapshotter"), path]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert server.stdout.readline() == "serving\n"
-            yield path
-        finally:
-            server.terminate()
-            assert server.wait(30) == 0
+    """The daemon itself, on a scratch root; its socket."""
+    with start_daemon(root / "d", address=root / "run" / "s.sock") as daemon:
+        yield str(daemon.address)
 
 
 def test_containerd_suite(suite: Path, socket: str, root: Path) -> None:
@@ -99,4 +91,4 @@ def test_containerd_suite(suite: Path, socket: str, root: Path) -> None:
         stub = SnapshotsStub(channel)
         stub.Cleanup(snapshots_pb2.CleanupRequest())
         rows = sum(len(batch.info) for batch in stub.List(snapshots_pb2.ListSnapshotsRequest()))
-    assert len(os.listdir(root / "snapshotter/snapshots")) == rows > 0
+    assert len(os.listdir(root / "d/root/snapshotter/snapshots")) == rows > 0
