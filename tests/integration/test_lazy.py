@@ -122,6 +122,7 @@ def test_bad_ztocs_fall_back(rig: Rig) -> None:
             replaced(table, span_digests=[*table.span_digests, table.span_digests[0]])
         ),
         "huge": ztoc_writer.encode(replaced(table, uncompressed_size=5 << 40)),
+        "lies": ztoc_writer.encode(replaced(table, compressed_size=table.compressed_size + 1)),
     }
     for seed, (name, data) in enumerate(bad.items(), 100):
         below, _ = big_layer(

@@ -98,3 +98,15 @@ def test_records_round_trip_and_are_checked(tmp_path: Path) -> None:
     layerfiles.write_record(directory, LayerRecord(str(ztoc), str(layer), 1, 0, (), {}))
     with pytest.raises(Integrity):
         layerfiles.read_record(directory)
+
+
+def test_a_closed_layer_is_not_synced(tmp_path: Path) -> None:
+    """make_durable after close touches no descriptor: its number may be another file's. Closing twice is harmless."""
+    files = opened(tmp_path)
+    files.write(0, 0, memoryview(b"x" * 512))
+    files.close()
+    with open(tmp_path / "other", "w+b") as other:
+        assert files.make_durable() == 0
+        files.close()
+        assert os.fstat(other.fileno()).st_size == 0
+    assert not (tmp_path / "spans.durable").exists()

@@ -78,6 +78,7 @@ class Bench:
     source: Source
     spans: SpanTable
     files: SpanFile
+    pool: FlightPool
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
             pool=pool,
             options=ReadOptions(flight_seconds=10),
         )
-        yield Bench(reader, kernel, source, spans, files)
+        yield Bench(reader, kernel, source, spans, files, pool)
         source.gate.set()
     os.close(fd)
 
@@ -197,6 +198,40 @@ def test_reads_ahead_wake_nobody_and_are_used(bench: Bench) -> None:
         time.sleep(0.01)
     start = bench.spans.uncompressed_range(3)[0]
     assert bench.reader.read(1, start, 1000) == TAR[start : start + 1000]
+
+
+def test_files_close_behind_the_last_flight(bench: Bench) -> None:
+    """A layer dropped while a flight is under way: nothing is closed before it ended, and no flight starts after."""
+    closed = threading.Event()
+    assert bench.reader.read(1, 0, 512) is None
+    bench.reader.retire(closed.set)
+    assert not closed.wait(0.2)
+    bench.source.gate.set()
+    bench.kernel.wait(1)
+    assert closed.wait(10)
+    assert bench.kernel.answers[1] == TAR[:512]
+    start = bench.spans.uncompressed_range(20)[0]
+    assert bench.reader.read(2, start, 512) is None
+    assert bench.kernel.answers[2] == errno.EIO
+    assert len(bench.source.asked) == 1
+
+
+def test_a_stopping_daemon_leaves_reads_to_the_next(bench: Bench) -> None:
+    """A flight that fails while the daemon stops answers nobody: the kernel sends the request again."""
+
+    def dead(number: int, data: bytes) -> bytes:
+        raise Remote("r.example.com: connection closed")
+
+    bench.source.play = dead
+    assert bench.reader.read(1, 0, 512) is None
+    bench.pool.close(0.1)
+    assert not bench.pool.idle
+    bench.source.gate.set()
+    end = time.monotonic() + 10
+    while not bench.pool.idle and time.monotonic() < end:
+        time.sleep(0.01)
+    assert bench.pool.idle
+    assert bench.kernel.answers == {}
 
 
 def test_demand_goes_before_what_is_only_likely() -> None:

@@ -206,6 +206,7 @@ _NOT_YET = (
     ("resolver.host", lambda c: bool(c.resolver.host)),
     ("metrics_address", lambda c: bool(c.metrics_address)),
     ("debug_address", lambda c: bool(c.debug_address)),
+    ("snapshotter.min_layer_size", lambda c: bool(c.snapshotter.min_layer_size)),
     ("disable_verification", lambda c: c.disable_verification),
     ('content_store.type = "containerd"', lambda c: c.content_store.type == "containerd"),
 )

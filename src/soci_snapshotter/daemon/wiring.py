@@ -77,17 +77,19 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             ) from None
     stack_kind = probe(root)
     with ExitStack() as stack:
-        connection = stack.enter_context(keeper_client.acquire(address.parent))
+        connection = keeper_client.acquire(address.parent)
+        pool = FlightPool(FLIGHTS)
+        # A flight that outlives the pool's patience may still answer: then the descriptor closes with the process.
+        stack.callback(lambda: connection.close() if pool.idle else None)
         fresh = connection.fresh  # entering the server does not change what it was
         content = ContentStore(root / "content")
         client = stack.enter_context(RegistryClient(_registry_options(config), DockerConfig(docker_config)))
         connections = ConnectionPool(client.options.ssl_context())
         stack.callback(connections.close)
         workers = stack.enter_context(MetaWorkers(META_WORKERS))
-        releases = stack.enter_context(ThreadPoolExecutor(1, "release"))
+        releases = ThreadPoolExecutor(1, "release")
         ours: list[OpenLayers] = []
         server = FuseServer(connection, on_release=lambda node: _released(releases, ours, node))
-        pool = FlightPool(FLIGHTS)
 
         def source(record: LayerRecord, size: int) -> RangeSource:
             if not record.sources:
@@ -107,7 +109,8 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             )
         )
         ours.append(layers)
-        layers.restore_files()
+        stack.callback(releases.shutdown)  # before the layers close: a release may be dropping one
+        layers.restore_files(fresh=fresh)
         stack.enter_context(Syncer(layers))
         stack.enter_context(server)
         stack.enter_context(pool)
@@ -127,7 +130,9 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             )
         )
         layers.restore_mounts((number for number, _ in snapshotter.lazy_rows()), fresh=fresh)
-        threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True).start()
+        cleanup = threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True)
+        stack.callback(cleanup.join)
+        cleanup.start()
         stack.enter_context(_serving(snapshotter, address))
         yield Daemon(layers, address.parent)
 

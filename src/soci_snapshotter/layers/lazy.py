@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from soci_snapshotter.errors import SociError
+from soci_snapshotter.errors import Remote, SociError
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference as references
 from soci_snapshotter.formats.oci import Descriptor
@@ -25,6 +26,9 @@ from soci_snapshotter.store.content import ContentStore
 _log = logging.getLogger(__name__)
 
 ZTOC_LIMIT = 512 << 20  # 16,000 checkpoints of 32 KiB: a 64 GiB layer at the default span size
+SIZE_LABEL = "containerd.io/snapshot/remote/soci.size"
+_DIGITS = 20  # beyond 64 bits it is no size
+_ZTOC_TRIES = 3  # connections break; each request has its own retries below this
 SYNC_SECONDS = 30.0
 SYNC_BYTES = 64 << 20  # how much a power loss may cost: fetched again, never wrong (HOUSE.md, Durability)
 _LOOK_SECONDS = 1.0
@@ -56,7 +60,11 @@ class Lazy:
             return Declined(f"the SOCI index has no ztoc for layer {layer}")
         self._fetch_ztoc(reference, with_size(ztoc, ZTOC_LIMIT))
         lowers = [self._lower(lower) for lower in request.parent_chain]
-        mounted = self._layers.prepare(LayerKey(layer, ztoc.digest), str(reference), lowers)
+        stated = request.labels.get(SIZE_LABEL, "")
+        layer_size = (
+            int(stated) if stated.isascii() and stated.isdecimal() and len(stated) < _DIGITS else None
+        )
+        mounted = self._layers.prepare(LayerKey(layer, ztoc.digest), str(reference), lowers, layer_size)
         opened = self._layers.layer_of(mounted.number)
         size = opened.allocated() if opened is not None else 0
         return LazyLayer(str(mounted.key), mounted.number, size, mounted.entries)
@@ -83,12 +91,32 @@ class Lazy:
     def _fetch_ztoc(self, reference: Reference, ztoc: Descriptor) -> None:
         with self._turns.turn(ztoc.digest):
             if not self._content.exists(ztoc.digest):
-                self._content.put(self._client.fetch(reference, ztoc, ZTOC_LIMIT))
+                self._stream_ztoc(reference, ztoc)
+
+    def _stream_ztoc(self, reference: Reference, ztoc: Descriptor) -> None:
+        """Into the store piece by piece: the size is the pusher's word, and memory is the node's."""
+        deadline = time.monotonic() + self._client.options.request_timeout
+        for left in reversed(range(_ZTOC_TRIES)):
+            try:
+                with self._client.open_blob(reference, ztoc) as pieces:
+                    self._content.put_stream(_until(pieces, deadline, ztoc), ztoc.digest, ztoc.size)
+                return
+            except Remote:
+                if not left or time.monotonic() > deadline:
+                    raise
 
     def _lower(self, lower: LocalLower | LazyLower) -> Path:
         if isinstance(lower, LocalLower):
             return Path(os.fsdecode(lower.path))
         return self._layers.lowerdir(lower.mount_id)
+
+
+def _until(pieces: Iterable[bytes], deadline: float, ztoc: Descriptor) -> Iterator[bytes]:
+    """`pieces`, until the deadline: a drip of bytes must not hold up a Prepare for ever."""
+    for piece in pieces:
+        if time.monotonic() > deadline:
+            raise Remote(f"ztoc {ztoc.digest}: not here in time; check the registry")
+        yield piece
 
 
 class Syncer:

@@ -24,6 +24,8 @@ class MetaRequest(msgspec.Struct, frozen=True):
     layer_digest: str
     directory: str
     """Where meta-<h>.erofs goes; exists."""
+    layer_size: int | None
+    """Bytes of the layer blob as its descriptor says; None when nobody said."""
     lowers: tuple[bytes, ...]
     """Directories of the layers below, topmost first; empty for a bottom layer."""
 
@@ -56,7 +58,7 @@ def build(request: MetaRequest) -> MetaResult:
     raw = Path(request.ztoc_path).read_bytes()
     try:
         table = ztoc.decode(raw)
-        span_table(table)
+        span_table(table, request.layer_size)
         root = tree.build_tree(table.entries)
         size = data_size(table.uncompressed_size)
         bottom = not request.lowers

@@ -81,7 +81,10 @@ class OpenLayer:
         self.record = record
 
     def close(self) -> None:
-        """Close the descriptors. Nobody reads any more."""
+        """Close the descriptors, when the last flight has ended. The node is not served any more."""
+        self.reader.retire(self._close_files)
+
+    def _close_files(self) -> None:
         self.files.close()
         os.close(self._windows_fd)
 

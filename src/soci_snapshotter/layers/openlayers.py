@@ -48,7 +48,7 @@ _NODE_BITS = (
 class FlatServer(Protocol):
     """Where flat files are served (serve.flatfiles.FuseServer)."""
 
-    def add(self, node_id: int, file: FlatFile) -> None: ...
+    def add(self, node_id: int, file: FlatFile, *, opens: int = 0) -> None: ...
     def remove(self, node_id: int) -> None: ...
     def path_of(self, node_id: int) -> bytes: ...
 
@@ -130,8 +130,12 @@ class OpenLayers:
             key = self._mounts.get(number)
             return None if key is None else self._layers.get(key)
 
-    def prepare(self, key: LayerKey, reference: str, lowers: Sequence[Path]) -> Mounted:
+    def prepare(
+        self, key: LayerKey, reference: str, lowers: Sequence[Path], layer_size: int | None = None
+    ) -> Mounted:
         """Have the layer mounted above `lowers` (topmost first) and take one reference on the mount.
+
+        `layer_size`: bytes of the blob as its descriptor says, if known; the ztoc must agree.
 
         The ztoc is in the content store. Raises Integrity, Unsupported or OSError; then nothing is left behind.
         """
@@ -142,7 +146,7 @@ class OpenLayers:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             layer = known
             try:
-                meta = self._build_meta(key, directory, lowers)
+                meta = self._build_meta(key, directory, lowers, layer_size)
                 if layer is None:
                     layer = self._open_new(key, directory, reference, meta)
                 layer.save(layer.record.with_source(reference))
@@ -182,12 +186,14 @@ class OpenLayers:
             if layer is not None and not layer.record.mounts:
                 self._drop(key, layer, layer.directory)
 
-    def restore_files(self) -> None:
+    def restore_files(self, *, fresh: bool) -> None:
         """Open every layer on disk and serve its node: before the FUSE server starts, for requests in flight."""
         for directory in scan(self._root):
             try:
                 record = read_record(directory)
-                layer = self._open(directory, record)
+                # Each mount opened the node once, before this process: without that count one of two mounts that
+                # goes would look like the last. Nothing is open on a fresh connection.
+                layer = self._open(directory, record, opens=0 if fresh else len(record.mounts))
             except (SociError, OSError) as error:
                 _log.error(
                     "lazy layer cannot be restored: its snapshots are unavailable, the others are not affected",
@@ -230,13 +236,16 @@ class OpenLayers:
 
     # -- steps, in the layer's turn ------------------------------------------------------------------------------
 
-    def _build_meta(self, key: LayerKey, directory: Path, lowers: Sequence[Path]) -> MetaResult:
+    def _build_meta(
+        self, key: LayerKey, directory: Path, lowers: Sequence[Path], layer_size: int | None
+    ) -> MetaResult:
         return self._workers.build(
             MetaRequest(
                 ztoc_path=str(self._content.path(key.ztoc)),
                 ztoc_digest=str(key.ztoc),
                 layer_digest=str(key.layer),
                 directory=str(directory),
+                layer_size=layer_size,
                 lowers=tuple(os.fsencode(lower) for lower in lowers),
             )
         )
@@ -254,9 +263,9 @@ class OpenLayers:
         sync_directory(directory.parent)
         return self._open(directory, record)
 
-    def _open(self, directory: Path, record: LayerRecord) -> OpenLayer:
+    def _open(self, directory: Path, record: LayerRecord, *, opens: int = 0) -> OpenLayer:
         layer = OpenLayer(directory, record, self._content.path(parse(record.ztoc_digest)), self._around)
-        self._server.add(record.node_id, layer.reader)
+        self._server.add(record.node_id, layer.reader, opens=opens)
         with self._lock:
             self._layers[layer.key] = layer
             self._by_node[record.node_id] = layer.key

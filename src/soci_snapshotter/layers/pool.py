@@ -49,6 +49,17 @@ class FlightPool:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._threads == 0, timeout=seconds)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the daemon is stopping: what is still in flight is the next daemon's."""
+        return self._closed
+
+    @property
+    def idle(self) -> bool:
+        """Whether no thread is left."""
+        with self._changed:
+            return self._threads == 0
+
     def submit(self, priority: Priority, job: Job) -> None:
         """Queue `job`. It must not raise. Never blocks."""
         with self._changed:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from soci_snapshotter.errors import Integrity, SociError
@@ -93,6 +94,8 @@ class LayerReader:
         self._pool = pool
         self._options = options
         self._lock = threading.Lock()
+        self._flights = 0
+        self._retired: Callable[[], None] | None = None
         self._waiting: dict[
             int, list[_Parked]
         ] = {}  # span -> who waits for its flight; a key = a flight exists
@@ -122,6 +125,17 @@ class LayerReader:
         return (
             data if self._files.epoch == epoch else None
         )  # a failed write-back in between: the pages may be gone
+
+    def retire(self, then: Callable[[], None]) -> None:
+        """Start no more flights; call `then` (which closes the files) when none is left: now, or behind the last.
+
+        A descriptor closed under a flight might be another file's by the time it is written to.
+        """
+        with self._lock:
+            self._retired = then
+            if self._flights:
+                return
+        then()
 
     def fetch_ahead(self, spans: Iterable[int]) -> None:
         """Start flights for those of `spans` that are neither here nor on their way."""
@@ -157,9 +171,27 @@ class LayerReader:
         return join(spans, sizes)
 
     def _submit(self, runs: list[Run], priority: Priority) -> None:
+        with self._lock:
+            retired = self._retired is not None
+            if not retired:
+                self._flights += len(runs)
+        if retired:
+            for run in runs:
+                self._failed(range(run.first, run.last + 1), OSError(errno.EIO, "the layer was dropped"))
+            return
         deadline = time.monotonic() + self._options.flight_seconds
         for run in runs:
-            self._pool.submit(priority, lambda run=run: self._fly(run, deadline))  # type: ignore[misc]
+            self._pool.submit(priority, partial(self._flight, run, deadline))
+
+    def _flight(self, run: Run, deadline: float) -> None:
+        try:
+            self._fly(run, deadline)
+        finally:
+            with self._lock:
+                self._flights -= 1
+                then = self._retired if self._flights == 0 else None
+            if then is not None:
+                then()
 
     def _fly(self, run: Run, deadline: float) -> None:
         """Fetch a run; whatever happens, everybody who waits for one of its spans is answered."""
@@ -203,7 +235,12 @@ class LayerReader:
                 self._replies.reply(parked.unique, data)
 
     def _failed(self, spans: Iterable[int], error: BaseException) -> None:
-        """Give up `spans`: EIO to whoever waits for them (once, though a request may wait for several)."""
+        """Give up `spans`: EIO to whoever waits for them (once, though a request may wait for several).
+
+        While the daemon stops nobody gets an error: the kernel keeps the requests for the next daemon (RESEND).
+        """
+        if self._pool.closed:
+            return
         lost: list[_Parked] = []
         spans = list(spans)
         with self._lock:

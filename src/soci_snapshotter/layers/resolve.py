@@ -17,7 +17,6 @@ from soci_snapshotter.layers.turns import Turns
 from soci_snapshotter.policy.discovery import Source, sources
 from soci_snapshotter.registry.client import RegistryClient
 
-V2_ANNOTATION = "com.amazon.soci.index-digest"
 DEFAULT_CACHE = 30  # images remembered: [resolve_result_entry] of the Go daemon
 
 
@@ -84,7 +83,7 @@ class IndexResolver:
         manifest = oci.decode_manifest(self._client.fetch(reference, described, oci.MANIFEST_LIMIT))
         if not isinstance(manifest, Manifest):
             raise Integrity(f"{reference}: {digest} is an index, not the manifest of an image")
-        text = manifest.annotations.get(V2_ANNOTATION)
+        text = manifest.annotations.get(sociindex.INDEX_DIGEST)
         return digests.parse(text) if text else None
 
 

@@ -14,6 +14,9 @@ from soci_snapshotter import errors
 from soci_snapshotter.layers.meta import MetaRequest, MetaResult
 from soci_snapshotter.layers.meta_worker import Answer, read_frame, write_frame
 
+BUILD_SECONDS = (
+    120.0  # 2 million entries, the most a ztoc may have, take 15 s; Prepare must not wait for ever
+)
 IDLE_SECONDS = 10.0  # an image's layers come within seconds; an idle Python costs 10 MB of the node's memory
 
 
@@ -52,8 +55,14 @@ class MetaWorkers:
             process = self._take()
             try:
                 assert process.stdin is not None and process.stdout is not None  # noqa: S101 - made with pipes
-                write_frame(process.stdin, request)
-                frame = read_frame(process.stdout)
+                watchdog = threading.Timer(BUILD_SECONDS, process.kill)
+                watchdog.daemon = True
+                watchdog.start()
+                try:
+                    write_frame(process.stdin, request)
+                    frame = read_frame(process.stdout)
+                finally:
+                    watchdog.cancel()
             except BaseException as error:
                 _end(process)
                 if isinstance(error, OSError):

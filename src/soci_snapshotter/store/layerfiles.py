@@ -148,9 +148,9 @@ class SpanFile:
         self.epoch = 0
         """Counts failed write-backs: bytes written or read before one may not be believed after it."""
         self._mark_lock = threading.Lock()
-        self._sync_lock = (
-            threading.Lock()
-        )  # one make_durable at a time; held over I/O on purpose, nobody else takes it
+        self._closed = False
+        # One make_durable at a time, and no close under it: held over I/O on purpose, no reader or flight takes it.
+        self._sync_lock = threading.Lock()
         self.unsynced = 0
         """Bytes written since the last success of `make_durable`, roughly (several writers, no lock)."""
 
@@ -163,9 +163,13 @@ class SpanFile:
         self.close()
 
     def close(self) -> None:
-        """Close the descriptors; marks stay as they are on disk."""
-        os.close(self._fd)
-        os.close(self._live_fd)
+        """Close the descriptors, once; marks stay as they are on disk. Nobody writes any more."""
+        with self._sync_lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self._fd)
+            os.close(self._live_fd)
 
     @property
     def fd(self) -> int:
@@ -202,6 +206,8 @@ class SpanFile:
         last success is taken back, and OSError is raised. Readers then fetch those spans again.
         """
         with self._sync_lock:
+            if self._closed:
+                return 0  # their numbers may be another file's by now
             marks = bytes(self.live)
             self.unsynced = 0
             if marks == self._durable:
