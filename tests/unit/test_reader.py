@@ -210,7 +210,7 @@ def test_files_close_behind_the_last_flight(bench: Bench) -> None:
     bench.kernel.wait(1)
     assert closed.wait(10)
     assert bench.kernel.answers[1] == TAR[:512]
-    start = bench.spans.uncompressed_range(20)[0]
+    start = bench.spans.uncompressed_range(10)[0]
     assert bench.reader.read(2, start, 512) is None
     assert bench.kernel.answers[2] == errno.EIO
     assert len(bench.source.asked) == 1
