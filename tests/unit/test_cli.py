@@ -17,7 +17,6 @@ from soci_snapshotter import __version__
 from soci_snapshotter.cli.context import duration, host_platform, wanted_platforms
 from soci_snapshotter.cli.main import run
 from soci_snapshotter.cli.pulling import snapshot_labels
-from soci_snapshotter.cli.registries import credentials
 from soci_snapshotter.errors import Invalid
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference
@@ -195,21 +194,3 @@ def test_snapshot_labels_always_fit(count: int, data: st.DataObject) -> None:
     assert named == [layer.digest for layer in layers[position : position + len(named)]]
     assert sizes == [str(layer.size) for layer in layers[position : position + len(named)]]
     assert len(named) == min(count - position, 56)
-
-
-def test_user_flag_is_for_one_host_only() -> None:
-    """--user's password may hold colons, and no other host is ever shown it."""
-    provider = credentials(reference.parse("registry.test:5000/a/b:1"), "me:pass:word")
-    assert provider("registry.test:5000") == ("me", "pass:word")
-    assert provider("elsewhere.test") is None
-    with pytest.raises(Invalid, match="--user"):
-        credentials(reference.parse("registry.test/a"), ":secret")
-
-
-def test_docker_config_is_used_without_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without --user, $DOCKER_CONFIG/config.json answers per host (auth is base64 of me:pw)."""
-    (tmp_path / "config.json").write_text('{"auths":{"registry.test":{"auth":"bWU6cHc="}}}')
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    provider = credentials(reference.parse("registry.test/a:1"), None)
-    assert provider("registry.test") == ("me", "pw")
-    assert provider("elsewhere.test") is None

@@ -9,7 +9,7 @@ from ..formats.oci import parse_platform
 from .context import Globals, host_platform, image_reference
 from .progress import reporting
 from .pulling import Pulled, PullOptions, pull
-from .registries import open_registry, registry_options
+from .registries import RegistryFlags, open_registry, registry_options
 
 
 @click.command(name="pull")
@@ -43,9 +43,7 @@ def pull_command(
     snapshotter: str,
     max_concurrent_downloads: int,
     quiet: bool,
-    user: str | None,
-    plain_http: bool,
-    skip_verify: bool,
+    registry: RegistryFlags,
 ) -> None:
     """Pull the image REF into containerd; a lazy snapshotter mounts layers before their bytes are here."""
     reference = image_reference(ref)
@@ -57,10 +55,10 @@ def pull_command(
     )
     with (
         flags.containerd() as client,
-        open_registry(reference, user=user, plain_http=plain_http, skip_verify=skip_verify) as registry,
+        open_registry(registry, reference) as remote,
     ):
         with reporting(quiet=quiet) as report:
-            pulled = pull(client, registry, reference, options, report)
+            pulled = pull(client, remote, reference, options, report)
         if not quiet:
             print(_summary(str(reference), pulled))
 

@@ -18,7 +18,7 @@ from ..index.sinks import Store
 from ..registry.client import RegistryClient
 from ..store.artifacts import Artifacts
 from .context import Globals, image_reference, wanted_platforms
-from .registries import open_registry, registry_options
+from .registries import RegistryFlags, open_registry, registry_options
 
 
 @click.command(name="push")
@@ -51,9 +51,7 @@ def push_command(
     existing_index: str,
     max_concurrent_uploads: int,
     quiet: bool,
-    user: str | None,
-    plain_http: bool,
-    skip_verify: bool,
+    registry: RegistryFlags,
 ) -> None:
     """Push the SOCI index of the image REF, made by `soci create`, to the image's registry."""
     wanted = wanted_platforms(platforms, everything=all_platforms)
@@ -61,7 +59,7 @@ def push_command(
     with (
         flags.artifacts() as artifacts,
         flags.containerd() as client,
-        open_registry(reference, user=user, plain_http=plain_http, skip_verify=skip_verify) as registry,
+        open_registry(registry, reference) as remote,
     ):
         store = flags.store(client)
         pushed = 0
@@ -73,9 +71,9 @@ def push_command(
                 missing.append(error)
                 continue
             pushed += 1
-            if not _wanted(registry, reference, image.descriptor, index, existing_index):
+            if not _wanted(remote, reference, image.descriptor, index, existing_index):
                 continue
-            sent = push(registry, reference, store, index, uploads=max_concurrent_uploads)
+            sent = push(remote, reference, store, index, uploads=max_concurrent_uploads)
             print(sent.digest if quiet else f"pushed {sent.digest} for {image.descriptor.digest}")
         if not pushed and missing:
             raise missing[0]
@@ -98,15 +96,13 @@ def _index_of(flags: Globals, artifacts: Artifacts, store: Store, image: LocalIm
 
 
 def _wanted(
-    registry: RegistryClient, reference: Reference, image: Descriptor, index: Digest, existing: str
+    remote: RegistryClient, reference: Reference, image: Descriptor, index: Digest, existing: str
 ) -> bool:
     """What --existing-index says about an index that is there already."""
     if existing == "allow":
         return True
     others = [
-        found.digest
-        for found in registry.referrers(reference, image.digest, INDEX_V1)
-        if found.digest != index
+        found.digest for found in remote.referrers(reference, image.digest, INDEX_V1) if found.digest != index
     ]
     if not others:
         return True
