@@ -36,6 +36,7 @@ __all__ = [
     "Index",
     "Manifest",
     "Platform",
+    "RunConfig",
     "chain_id",
     "chain_ids",
     "decode_config",
@@ -114,6 +115,24 @@ class RootFS(Struct, frozen=True):
     diff_ids: tuple[Digest, ...] = ()
 
 
+class RunConfig(Struct, frozen=True):
+    """How the image's container is started (image-spec, config.md); Docker writes null for what is empty."""
+
+    # Early Dockers wrote a lone string for a list of one.
+    entrypoint: tuple[str, ...] | str = field(name="Entrypoint", default=())
+    cmd: tuple[str, ...] | str = field(name="Cmd", default=())
+    env: tuple[str, ...] = field(name="Env", default=())
+    working_dir: str = field(name="WorkingDir", default="")
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """The program and its arguments when the user names none: the entrypoint, then the command."""
+        parts = (self.entrypoint, self.cmd)
+        return tuple(
+            word for part in parts for word in ((part,) if isinstance(part, str) and part else tuple(part))
+        )
+
+
 class ImageConfig(Struct, frozen=True):
     """What this program needs of an image config; it is never written."""
 
@@ -123,6 +142,7 @@ class ImageConfig(Struct, frozen=True):
     os_version: str = field(name="os.version", default="")
     os_features: tuple[str, ...] = field(name="os.features", default=())
     rootfs: RootFS = RootFS()
+    config: RunConfig = RunConfig()
 
     @property
     def diff_ids(self) -> tuple[Digest, ...]:
