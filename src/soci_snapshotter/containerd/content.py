@@ -15,7 +15,7 @@ from ..formats.digest import Buffer, Digest
 from ..formats.oci import Descriptor
 from .calls import LONG_CALL_TIMEOUT_S, Caller
 from .stubs import content_pb2, content_pb2_grpc
-from .types import ContentInfo
+from .types import ContentInfo, time_from
 
 # One write message: large enough to make the round trip per message (about 0.2 ms) cheap, well under the
 # 16 MiB that a message may have.
@@ -211,4 +211,6 @@ def _pieces(chunks: Iterable[Buffer]) -> Iterator[bytes]:
 
 
 def _info(message: content_pb2.Info) -> ContentInfo:
-    return ContentInfo(digests.parse(message.digest), message.size, dict(message.labels))
+    return ContentInfo(
+        digests.parse(message.digest), message.size, dict(message.labels), time_from(message.created_at)
+    )

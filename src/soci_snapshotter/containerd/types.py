@@ -32,6 +32,7 @@ class ContentInfo:
     digest: Digest
     size: int
     labels: Mapping[str, str]
+    created_at: datetime.datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
