@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_SOURCE = Path(__file__).parent / "ociregistry"
-_CACHE = Path(__file__).parent.parent / ".cache" / "bin"
+from harness.gobuild import build_go
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,11 @@ def start_registry(root: Path) -> Iterator[RunningRegistry]:
 @contextlib.contextmanager
 def start_oci_registry(root: Path) -> Iterator[RunningRegistry]:
     """The Go registry with the referrers API; blobs on disk under `root`."""
-    binary = build_oci_registry()
+    binary = build_go("ociregistry")
     port = _free_port()
     (root / "blobs").mkdir(parents=True, exist_ok=True)
     with _running([str(binary), f"127.0.0.1:{port}", str(root / "blobs")], port, root / "log"):
         yield RunningRegistry(port)
-
-
-def build_oci_registry() -> Path:
-    """Build harness/ociregistry once into .cache/bin."""
-    binary = _CACHE / "ociregistry"
-    sources = [_SOURCE / "main.go", _SOURCE / "go.mod"]
-    if not binary.exists() or binary.stat().st_mtime < max(each.stat().st_mtime for each in sources):
-        _CACHE.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["nice", "go", "build", "-o", str(binary), "."], cwd=_SOURCE, check=True)
-    return binary
 
 
 def _free_port() -> int:
