@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soci_snapshotter import __version__
+from soci_snapshotter import __version__, errors
 from soci_snapshotter.cli.context import duration, host_platform, wanted_platforms
-from soci_snapshotter.cli.main import run
+from soci_snapshotter.cli.main import run, soci
 from soci_snapshotter.cli.pulling import snapshot_labels
 from soci_snapshotter.errors import Invalid
 from soci_snapshotter.formats import digest as digests
@@ -65,7 +66,6 @@ def test_platform_flags() -> None:
         (["--timeout", "soon", "create", "x"], ["--timeout", "soon"]),
         (["--no-such-flag"], ["--no-such-flag"]),
         (["no-such-command"], ["no-such-command"]),
-        (["--address", "/nowhere/c.sock", "create", "x"], ["/nowhere/c.sock", "--address"]),
     ],
     ids=" ".join,
 )
@@ -80,6 +80,26 @@ def test_errors_are_one_line_and_exit_1(
     assert err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def test_each_kind_of_error_has_its_exit_code() -> None:
+    """No two classes share a code but the base and Invalid (1, as in the Go tool), and --help lists every one."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    codes = {kind.__name__: kind.exit_code for kind in kinds if issubclass(kind, errors.SociError)}
+    assert codes.pop("SociError") == codes.pop("Invalid") == 1
+    listed = dict(re.findall(r"^ +(\d+)  (.+)$", soci.epilog or "", re.MULTILINE))
+    assert len(set(codes.values())) == len(codes)
+    assert {str(code) for code in codes.values()} | {"0", "1", "3", "10", "130"} == set(listed)
+
+
+def test_exit_codes_tell_errors_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A containerd that is not there is 9, not the 1 of a bad argument; still one line."""
+    flags = ["--root", str(tmp_path)]
+    assert run([*flags, "--address", "/nowhere/c.sock", "create", "x"]) == 9
+    err = capsys.readouterr().err
+    assert err.startswith("soci: containerd at /nowhere/c.sock")
+    assert "--address" in err
+    assert err.count("\n") == 1
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +134,7 @@ def test_unwritable_root_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     """A root that is a file is an error that names it and --root."""
     root = tmp_path / "file"
     root.write_text("")
-    assert run(["--root", str(root), "create", "x"]) == 1
+    assert run(["--root", str(root), "create", "x"]) == 2
     err = capsys.readouterr().err
     assert str(root) in err
     assert "--root" in err
@@ -136,7 +156,7 @@ def _silent_containerd(directory: Path) -> tuple[str, subprocess.Popen[bytes]]:
 
 @pytest.mark.parametrize("how", ["interrupt", "timeout"])
 def test_waiting_ends_cleanly(tmp_path: Path, how: str) -> None:
-    """Ctrl-C is exit 130, --timeout exit 1; both at once, with one line and no traceback."""
+    """Ctrl-C is exit 130, --timeout exit 9; both at once, with one line and no traceback."""
     address, silent = _silent_containerd(tmp_path)
     extra = ["--timeout", "2s"] if how == "timeout" else []
     command = [sys.executable, "-m", "soci_snapshotter.cli.main", *extra, "--address", address]
@@ -156,7 +176,7 @@ def test_waiting_ends_cleanly(tmp_path: Path, how: str) -> None:
     finally:
         silent.kill()
         silent.wait()
-    assert soci.returncode == (130 if how == "interrupt" else 1)
+    assert soci.returncode == (130 if how == "interrupt" else 9)
     assert err.count("\n") == 1
     assert ("interrupted" if how == "interrupt" else "--timeout 2s") in err
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 import click
+from click.shell_completion import shell_complete
 
 from .. import __version__
 from ..containerd.client import DEFAULT_ADDRESS, DEFAULT_NAMESPACE
@@ -22,8 +23,30 @@ from .context import Globals, duration
 
 DEFAULT_ROOT = "/var/lib/soci-snapshotter-grpc/"
 
+# click's own name for the variable by which a completion script asks.
+COMPLETE_VARIABLE = "_SOCI_COMPLETE"
+
 # What a shell reports for a program that SIGINT ended.
 _INTERRUPTED = 130
+# The operating system refused: no file of ours is at fault, so no class in errors.py has it.
+_SYSTEM = 10
+
+# Kept in step with errors.py by a test.
+_EXIT_CODES = """\b
+Exit codes:
+    0  done
+    1  a bad argument, a problem that `soci doctor` found, or an error of no other kind
+    2  a configuration file, flag or environment must be corrected
+    3  `soci why`: no layer would be lazy
+    4  not found
+    5  exists already and may not be replaced
+    6  not in the state that is needed
+    7  bytes are not what a digest or a format says
+    8  not supported by this program, kernel or filesystem
+    9  a registry or containerd did not answer, or refused
+   10  the operating system refused (full disk, permissions)
+  130  interrupted
+"""
 
 
 class _Commands(click.Group):
@@ -49,6 +72,7 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     name="soci",
+    epilog=_EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(
@@ -125,12 +149,14 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except OSError as error:
         _report(str(error), arguments)
-        return 1
+        return _SYSTEM
     return 0
 
 
 def main() -> None:
-    """The console script."""
+    """The console script; also what a shell calls for completions (`soci completion`)."""
+    if instruction := os.environ.get(COMPLETE_VARIABLE):
+        sys.exit(shell_complete(soci, {}, "soci", COMPLETE_VARIABLE, instruction))
     sys.exit(run(sys.argv[1:]))
 
 
