@@ -9,7 +9,9 @@ import subprocess
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Final
 
 from isal import igzip
@@ -84,9 +86,15 @@ def through(*command: str) -> Callable[[bytes], bytes]:
     return lambda data: subprocess.run(command, input=data, capture_output=True, check=True).stdout
 
 
+@cache
+def gotools() -> Path:
+    """harness/gotools, built."""
+    return build_go("gotools")
+
+
 def through_go(*arguments: str) -> Callable[[bytes], bytes]:
     """The same for harness/gotools."""
-    return lambda data: through(str(build_go("gotools")), *arguments)(data)
+    return lambda data: through(str(gotools()), *arguments)(data)  # noqa: PLW0108 -- built when first used
 
 
 def zopfli(data: bytes) -> bytes:
