@@ -17,9 +17,10 @@ def test_user_flag_is_for_one_host_only() -> None:
     flags = RegistryFlags(user="me:pass:word")
     access = registry_access(flags, reference.parse("registry.test:5000/a/b:1"))
     assert "pass" not in repr(flags) + repr(access)
-    copy = pickle.loads(pickle.dumps(access))
-    assert copy.credentials("registry.test:5000") == ("me", "pass:word")
-    assert copy.credentials("elsewhere.test") is None
+    copy = pickle.loads(pickle.dumps(access))  # noqa: S301 - our own
+    with copy.open() as client:
+        assert client.credentials("registry.test:5000") == ("me", "pass:word")
+        assert client.credentials("elsewhere.test") is None
     with pytest.raises(Invalid, match="--user"):
         registry_access(RegistryFlags(user=":secret"), reference.parse("registry.test/a"))
 
@@ -29,5 +30,6 @@ def test_docker_config_is_used_without_user(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "config.json").write_text('{"auths":{"registry.test":{"auth":"bWU6cHc="}}}')
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     access = registry_access(RegistryFlags(), reference.parse("registry.test/a:1"))
-    assert access.credentials("registry.test") == ("me", "pw")
-    assert access.credentials("elsewhere.test") is None
+    with access.open() as client:
+        assert client.credentials("registry.test") == ("me", "pw")
+        assert client.credentials("elsewhere.test") is None

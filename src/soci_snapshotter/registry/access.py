@@ -3,13 +3,16 @@ open a client of its own from them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from soci_snapshotter.formats.hosts import Endpoint, Tls
+from soci_snapshotter.registry.certsd import CertsDirectories
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.registry.credentials import DockerConfig
 from soci_snapshotter.registry.options import Options
-from soci_snapshotter.registry.urls import speaks_http
+from soci_snapshotter.registry.urls import is_loopback, speaks_http
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,26 +20,59 @@ class RegistryAccess:
     """What `open` needs. The secrets are in it, but never in its repr."""
 
     host: str
-    """The registry's `host[:port]`. `login` is for it, and for no other host."""
+    """The registry's `host[:port]`. `login`, `plain_http` and a client certificate are for it, and for no other."""
     login: tuple[str, str] | None = field(default=None, repr=False)
-    """User name and password; without it, `docker_config` is asked."""
+    """User name and password, or "" and an identity token; without it, `docker_config` is asked."""
     docker_config: Path | None = None
     """Docker's config.json; None or a missing file means anonymous."""
     plain_http: bool = False
-    """Speak http to `host`; without it, only to loopback."""
-    skip_verify: bool = False
-    """Accept any TLS certificate."""
+    """Speak http; without it, only to loopback. With skip_verify: https, and http where there is no TLS."""
+    tls: Tls = field(default_factory=Tls)
+    hosts_dirs: tuple[Path, ...] = ()
+    """certs.d directories; the first that has something for a registry counts."""
+    dump: Callable[[str], None] | None = None
+    """Told of the heads of requests and answers, line by line; a function of a module, so that it can be pickled."""
+    trace: Callable[[str], None] | None = None
+    """Told of connections and times."""
 
     def open(self) -> RegistryClient:
-        """A client, to be used as a context manager."""
-        options = Options(plain_http=self._speaks_http, skip_verify=self.skip_verify)
-        return RegistryClient(options, self.credentials)
+        """A client, to be used as a context manager. Config when a certificate cannot be used."""
+        options = Options(
+            plain_http=self._speaks_http,
+            tls=self.tls,
+            dump=self.dump,
+            trace=self.trace,
+        )
+        hosts = CertsDirectories(self.hosts_dirs, self.endpoint)
+        return RegistryClient(options, self._credentials(hosts), hosts)
 
-    def credentials(self, host: str) -> tuple[str, str] | None:
-        """User name and password for `host[:port]`, None for anonymous."""
-        if self.login is not None:
-            return self.login if host == self.host else None
-        return None if self.docker_config is None else DockerConfig(self.docker_config)(host)
+    def endpoint(self, host: str) -> Endpoint:
+        """The registry `host[:port]` itself, without any hosts.toml."""
+        scheme = "http" if self._speaks_http(host) else "https"
+        own = host == self.host
+        # nerdctl passes --plain-http and --skip-verify for an insecure registry, whichever of both it is.
+        either = own and self.plain_http and self.tls.skip_verify
+        # Certificates for loopback say that TLS is expected there.
+        expected = is_loopback(host) and not (own and self.plain_http) and self.tls != Tls()
+        tls = self.tls if own else self.tls.without_client()
+        return Endpoint(scheme, host, tls=tls, try_tls=scheme == "http" and (either or expected))
 
     def _speaks_http(self, host: str) -> bool:
         return (self.plain_http and host == self.host) or speaks_http(host)
+
+    def _credentials(
+        self, hosts: Callable[[str], tuple[Endpoint, ...]]
+    ) -> Callable[[str], tuple[str, str] | None]:
+        """Of a host of the registry. The one login is for the registry, also where hosts.toml names its server."""
+        login = self.login
+        if login is None:
+            return DockerConfig(self.docker_config) if self.docker_config is not None else _anonymous
+
+        def own(host: str) -> tuple[str, str] | None:
+            return login if host in (self.host, hosts(self.host)[-1].host) else None
+
+        return own
+
+
+def _anonymous(_host: str) -> None:
+    return None

@@ -9,6 +9,9 @@ Where credentials may go:
 - A realm on plain http elsewhere gets nothing, not even an anonymous request. Challenges of redirect targets are
   not answered at all (the callers see to that).
 
+A user name that is empty stands for an identity token (Docker's word; OAuth 2 calls it a refresh token): it is sent
+by POST to a realm that may know credentials, and never as Basic.
+
 Tokens are kept per (host, repository, actions) until they expire and shared by everybody who holds this object.
 One thread asks for a token while the others that need the same one wait for its answer.
 """
@@ -29,6 +32,7 @@ from msgspec import Struct
 
 from soci_snapshotter.errors import Integrity, Remote, SociError
 from soci_snapshotter.formats import jsonfmt
+from soci_snapshotter.formats.hosts import Endpoint
 from soci_snapshotter.formats.httpfields import Challenge, parse_challenges
 from soci_snapshotter.registry.credentials import CredentialProvider
 from soci_snapshotter.registry.failures import Subject, Transient
@@ -45,8 +49,24 @@ _LEEWAY = 5.0
 # A waiter's bound on another thread's token request, above that request's own timeouts.
 _WAIT = 60.0
 
-# GET this URL with this Authorization header (or none): the body, at most TOKEN_ANSWER_LIMIT bytes.
-TokenFetcher: TypeAlias = Callable[[str, str | None, Subject], bytes]
+# What the OAuth 2 flavour of token services wants to know of the asker (distribution, "Docker Registry v2
+# authentication using OAuth2"): any name will do.
+_CLIENT = "soci-snapshotter"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """GET `url` with the Authorization header `basic`, or POST it `form`; reached as `endpoint` is."""
+
+    url: str
+    subject: Subject
+    basic: str | None = field(default=None, repr=False)
+    form: bytes | None = field(default=None, repr=False)
+    endpoint: Endpoint | None = None
+
+
+# Returns the body, at most TOKEN_ANSWER_LIMIT bytes.
+TokenFetcher: TypeAlias = Callable[[TokenRequest], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +119,18 @@ class Authenticator:
             if grant is not None and grant.header == rejected:
                 del self._grants[scope]
 
-    def answer(self, scope: Scope, url: str, field_value: str, rejected: str | None) -> str | None:
+    def answer(
+        self,
+        scope: Scope,
+        url: str,
+        field_value: str,
+        rejected: str | None,
+        endpoint: Endpoint | None = None,
+    ) -> str | None:
         """The header that answers a 401 of `url` with this WWW-Authenticate field; None when there is none.
 
-        `rejected` is the header that the 401 rejected. Raises Remote, or Transient, when no token is to be had.
+        `rejected` is the header that the 401 rejected; `endpoint` the one whose TLS settings the token service
+        shares. Raises Remote, or Transient, when no token is to be had.
         """
         if not scope.repository:
             return None  # another host than the registry's, an upload sent elsewhere: it gets no credentials
@@ -116,7 +144,7 @@ class Authenticator:
         except Integrity as error:
             raise Remote(f"{subject}: {error}; check the registry or the proxy before it") from None
         if "bearer" in challenges:
-            return self._token(scope, url, challenges["bearer"], subject)
+            return self._token(scope, url, challenges["bearer"], subject, endpoint)
         if "basic" in challenges:
             return self._basic(scope, rejected)
         return None
@@ -131,11 +159,13 @@ class Authenticator:
 
     def _basic_header(self, host: str) -> str | None:
         pair = self._credentials(host) if self._credentials else None
-        if pair is None:
+        if pair is None or not pair[0]:
             return None
         return "Basic " + base64.b64encode(f"{pair[0]}:{pair[1]}".encode()).decode()
 
-    def _token(self, scope: Scope, url: str, challenge: Challenge, subject: Subject) -> str:
+    def _token(
+        self, scope: Scope, url: str, challenge: Challenge, subject: Subject, endpoint: Endpoint | None
+    ) -> str:
         mine: Future[str] = Future()
         with self._lock:
             others = self._asking.setdefault(scope, mine)
@@ -145,7 +175,7 @@ class Authenticator:
             except TimeoutError:
                 raise Remote(f"{subject}: no token within {_WAIT:.0f} s; check the token service") from None
         try:
-            header, life = self._request_token(scope, url, challenge, subject)
+            header, life = self._request_token(scope, url, challenge, subject, endpoint)
             with self._lock:
                 self._grants[scope] = _Grant(header, time.monotonic() + life)
             mine.set_result(header)
@@ -158,16 +188,26 @@ class Authenticator:
                 del self._asking[scope]
 
     def _request_token(
-        self, scope: Scope, url: str, challenge: Challenge, subject: Subject
+        self, scope: Scope, url: str, challenge: Challenge, subject: Subject, endpoint: Endpoint | None
     ) -> tuple[str, float]:
         realm = challenge.params.get("realm", "")
-        basic = self._basic_header(scope.host) if _may_know_credentials(url, realm, subject) else None
-        asked = challenge.params.get("scope") or str(scope)
-        query = {"service": challenge.params.get("service", ""), "scope": asked}
-        separator = "&" if urlsplit(realm).query else "?"
-        address = realm + separator + urlencode({key: value for key, value in query.items() if value})
+        known = _may_know_credentials(url, realm, subject)
         service = urlsplit(realm).netloc
-        body = self._fetch(address, basic, Subject(service, scope.repository, "token"))
+        wanted = {
+            "service": challenge.params.get("service", ""),
+            "scope": challenge.params.get("scope") or str(scope),
+        }
+        asked = Subject(service, scope.repository, "token")
+        pair = self._credentials(scope.host) if known and self._credentials else None
+        if pair is not None and not pair[0]:
+            form = {**wanted, "grant_type": "refresh_token", "client_id": _CLIENT, "refresh_token": pair[1]}
+            request = TokenRequest(realm, asked, form=urlencode(form).encode(), endpoint=endpoint)
+        else:
+            query = urlencode({key: value for key, value in wanted.items() if value})
+            address = realm + ("&" if urlsplit(realm).query else "?") + query
+            basic = self._basic_header(scope.host) if known else None
+            request = TokenRequest(address, asked, basic=basic, endpoint=endpoint)
+        body = self._fetch(request)
         try:
             answer = jsonfmt.decode(body, _Token, "token", TOKEN_ANSWER_LIMIT)
         except Integrity:

@@ -11,32 +11,40 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
-from soci_snapshotter.errors import Integrity, Invalid, NotFound, Remote
+from soci_snapshotter.errors import Integrity, Invalid, NotFound, Remote, SociError
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci
 from soci_snapshotter.formats.digest import Digest
+from soci_snapshotter.formats.hosts import Capability
 from soci_snapshotter.formats.httpfields import Range
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.registry import referrers, upload
-from soci_snapshotter.registry.auth import Scope
 from soci_snapshotter.registry.credentials import CredentialProvider
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.options import Options
-from soci_snapshotter.registry.transport import Answer, Call, Session, read_pieces
+from soci_snapshotter.registry.routes import Hosts, Route, Router
+from soci_snapshotter.registry.transport import Answer, Session, read_pieces
 from soci_snapshotter.registry.urls import Repo
 
 ACCEPT = ", ".join(oci.MANIFEST_TYPES + oci.INDEX_TYPES)
-_OK = frozenset({200})
 _LAYER_LIMIT = 1 << 40  # a layer beyond 1 TiB cannot be served anyway (2 TiB uncompressed, DATA-PLANE.md)
 
 
 class RegistryClient:
     """One session with any number of registries. A context manager; thread safe."""
 
-    def __init__(self, options: Options | None = None, credentials: CredentialProvider | None = None) -> None:
+    def __init__(
+        self,
+        options: Options | None = None,
+        credentials: CredentialProvider | None = None,
+        hosts: Hosts | None = None,
+    ) -> None:
+        """`hosts` says who is asked for a registry, in order (registry.certsd); by default the registry itself."""
         self.options = options or Options()
+        self.credentials = credentials
         self.session = Session(self.options, credentials)
+        self.router = Router(self.session, hosts)
 
     def __enter__(self) -> Self:
         return self
@@ -50,76 +58,107 @@ class RegistryClient:
         """Close connections; requests under way end, none is tried again."""
         self.session.close()
 
-    def call(self, method: str, repo: Repo, path: str, what: str, **fields: object) -> Call:
-        """A request for `path` below the repository. `fields`: expected, headers, actions, body, size, timeout."""
-        return make_call(self.options, method, repo, path, what, **fields)
-
     def resolve(self, ref: Reference) -> Descriptor:
         """What the reference points to: a manifest or an index. A digest in the reference is checked."""
-        what = f"manifest {ref.object}"
-        path = f"manifests/{ref.object}"
-        head = self.call("HEAD", ref, path, what, headers={"Accept": ACCEPT})
-        described = _described(self.session.request(head, 0), ref)
-        if described is not None:
-            return described
-        get = self.call("GET", ref, path, what, headers={"Accept": ACCEPT})
-        answer = self.session.request(get, oci.MANIFEST_LIMIT)
-        digest = digests.sha256(answer.data) if ref.digest is None else ref.digest
-        if not digest.matches(answer.data):
-            raise Integrity(f"{get.subject}: content has another digest; check the registry's storage")
-        return Descriptor(_media_type(answer), digest, len(answer.data))
+        capability = Capability.RESOLVE if ref.digest is None else Capability.PULL
+        return self.router.over(ref, capability, lambda route: _resolve(route, ref))
 
     def fetch(self, repo: Repo, descriptor: Descriptor, limit: int) -> bytes:
         """A manifest or blob of at most `limit` bytes, checked against size and digest."""
         path, what = _place(descriptor)
-        call = self.call("GET", repo, path, what, headers={"Accept": descriptor.media_type})
         if descriptor.size > limit:
-            raise Integrity(f"{call.subject}: {descriptor.size} bytes, more than the {limit} allowed")
-        data = self.session.request(call, descriptor.size).data
-        if len(data) != descriptor.size or not descriptor.digest.matches(data):
-            raise Integrity(
-                f"{call.subject}: content has another size or digest; check the registry's storage"
-            )
-        return data
+            subject = Subject(repo.host, repo.repository, what)
+            raise Integrity(f"{subject}: {descriptor.size} bytes, more than the {limit} allowed")
+
+        def attempt(route: Route) -> bytes:
+            call = route.call("GET", path, what, headers={"Accept": descriptor.media_type})
+            data = self.session.request(call, descriptor.size).data
+            if len(data) != descriptor.size or not descriptor.digest.matches(data):
+                raise Integrity(
+                    f"{call.subject}: content has another size or digest; check the registry's storage"
+                )
+            return data
+
+        return self.router.over(repo, Capability.PULL, attempt)
 
     @contextlib.contextmanager
     def open_blob(self, repo: Repo, descriptor: Descriptor, offset: int = 0) -> Iterator[Iterable[bytes]]:
         """A blob's bytes from `offset` on, in pieces, while the `with` lasts.
 
-        The pieces raise Remote when the connection breaks (open again at the new offset) and, if they began at 0,
-        Integrity after the last one when the digest is wrong.
+        The pieces raise Remote when the connection breaks (open again at the new offset: a mirror that broke is
+        passed over then) and, if they began at 0, Integrity after the last one when the digest is wrong.
         """
         if not 0 <= offset <= descriptor.size:
             raise Invalid(f"offset {offset} is not within {descriptor.digest}, {descriptor.size} bytes")
         if offset == descriptor.size or descriptor.size > _LAYER_LIMIT:
             yield ()
             return
+        with contextlib.ExitStack() as stack:
+
+            def attempt(route: Route) -> Iterator[bytes]:
+                with contextlib.ExitStack() as opened:
+                    pieces = self._open(route, descriptor, offset, opened)
+                    stack.push(opened.pop_all())
+                return self._blaming(route, pieces)
+
+            yield self.router.over(repo, Capability.PULL, attempt)
+
+    def _open(
+        self, route: Route, descriptor: Descriptor, offset: int, stack: contextlib.ExitStack
+    ) -> Iterator[bytes]:
         path, what = _place(descriptor)
         headers = {"Range": str(Range(offset, descriptor.size))} if offset else {}
-        call = self.call("GET", repo, path, what, headers=headers, expected=frozenset({200, 206}))
-        with self.session.open(call) as response:
-            skip = offset if response.status == 200 else 0
-            if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
-                f"bytes {offset}-"
-            ):
-                raise Remote(
-                    f"{call.subject}: answered with another range; check the proxy before the registry"
-                )
-            pieces = read_pieces(response, descriptor.size - offset + skip, call.subject, None)
-            yield _checked(pieces, descriptor, offset, skip, call.subject)
+        call = route.call("GET", path, what, headers=headers, expected=frozenset({200, 206}))
+        response = stack.enter_context(self.session.open(call))
+        skip = offset if response.status == 200 else 0
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
+            f"bytes {offset}-"
+        ):
+            raise Remote(f"{call.subject}: answered with another range; check the proxy before the registry")
+        pieces = read_pieces(response, descriptor.size - offset + skip, call.subject, None)
+        return _checked(pieces, descriptor, offset, skip, call.subject)
 
-    def exists(self, repo: Repo, descriptor: Descriptor) -> bool:
-        """True when the registry has this manifest or blob."""
-        path, what = _place(descriptor)
+    def _blaming(self, route: Route, pieces: Iterator[bytes]) -> Iterator[bytes]:
         try:
-            self.session.request(self.call("HEAD", repo, path, what, headers={"Accept": ACCEPT}), 0)
+            yield from pieces
+        except SociError as error:
+            self.router.blame(route, error)
+            raise
+
+    def exists(self, repo: Repo, descriptor: Descriptor, *, pushing: bool = False) -> bool:
+        """True when the registry has this manifest or blob; with `pushing`, the place that uploads go to."""
+        path, what = _place(descriptor)
+
+        def attempt(route: Route) -> bool:
+            actions = "pull,push" if pushing else "pull"
+            call = route.call("HEAD", path, what, headers={"Accept": descriptor.media_type}, actions=actions)
+            self.session.request(call, 0)
+            return True
+
+        try:
+            if pushing:
+                return attempt(self.router.pushing(repo))
+            return self.router.over(repo, Capability.PULL, attempt)
         except NotFound:
             return False
-        return True
 
-    def referrers(self, repo: Repo, digest: Digest, artifact_type: str = "") -> list[Descriptor]:
-        """Descriptors of the manifests whose subject is `digest`, by the API or the fallback tag."""
-        return referrers.listed(self.session, repo, digest, artifact_type)
+    def referrers(
+        self, repo: Repo, digest: Digest, artifact_type: str = "", *, pushing: bool = False
+    ) -> list[Descriptor]:
+        """Descriptors of the manifests whose subject is `digest`, by the API or the fallback tag.
+
+        A mirror that has none is not believed: the next is asked. With `pushing`, only the place that uploads go to.
+        """
+        if pushing:
+            return referrers.listed(self.router.pushing(repo), digest, artifact_type, "pull,push")
+
+        def attempt(route: Route) -> list[Descriptor]:
+            found = referrers.listed(route, digest, artifact_type)
+            if not found and not route.last:
+                raise NotFound(f"{route}: no referrers of {digest}")
+            return found
+
+        return self.router.over(repo, Capability.PULL, attempt)
 
     def push_blob(
         self,
@@ -127,26 +166,35 @@ class RegistryClient:
         descriptor: Descriptor,
         body: Callable[[], Iterable[bytes]],
         progress: Callable[[int], None] | None = None,
+        *,
+        mount_from: str = "",
     ) -> bool:
-        """Upload a blob in one piece unless it is there; `body` makes its bytes anew for each try. True if sent."""
-        if self.exists(repo, descriptor):
+        """Upload a blob in one piece unless it is there; `body` makes its bytes anew for each try. True if sent.
+
+        `mount_from`: a repository of the same registry that may have it, and from which it is then taken.
+        """
+        if self.exists(repo, descriptor, pushing=True):
             return False
-        upload.blob(self.session, repo, descriptor, body, progress)
-        return True
+        return upload.blob(self.router.pushing(repo), descriptor, body, progress, mount_from)
 
     def push_manifest(self, repo: Repo, data: bytes, media_type: str, tag: str | None = None) -> Descriptor:
         """Put a manifest by tag or digest; its subject's fallback tag is updated where the registry has no API."""
-        return upload.manifest(self.session, repo, data, media_type, tag)
+        return upload.manifest(self.router.pushing(repo), data, media_type, tag)
 
 
-def make_call(options: Options, method: str, repo: Repo, path: str, what: str, **fields: object) -> Call:
-    """A Call for `path` below the repository's URL."""
-    actions = str(fields.pop("actions", "pull"))
-    fields.setdefault("expected", _OK)
-    fields.setdefault("headers", {})
-    url = f"{options.scheme(repo.host)}://{repo.host}/v2/{repo.repository}/{path}"
-    scope = Scope(repo.host, repo.repository, actions)
-    return Call(method, url, scope, Subject(repo.host, repo.repository, what), **fields)  # type: ignore[arg-type]
+def _resolve(route: Route, ref: Reference) -> Descriptor:
+    what = f"manifest {ref.object}"
+    path = f"manifests/{ref.object}"
+    head = route.call("HEAD", path, what, headers={"Accept": ACCEPT})
+    described = _described(route.session.request(head, 0), ref)
+    if described is not None:
+        return described
+    get = route.call("GET", path, what, headers={"Accept": ACCEPT})
+    answer = route.session.request(get, oci.MANIFEST_LIMIT)
+    digest = digests.sha256(answer.data) if ref.digest is None else ref.digest
+    if not digest.matches(answer.data):
+        raise Integrity(f"{get.subject}: content has another digest; check the registry's storage")
+    return Descriptor(_media_type(answer), digest, len(answer.data))
 
 
 def _place(descriptor: Descriptor) -> tuple[str, str]:

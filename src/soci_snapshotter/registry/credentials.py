@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from soci_snapshotter.errors import Config, Integrity
 from soci_snapshotter.formats import jsonfmt
 from soci_snapshotter.formats.reference import DEFAULT_HOST
 
-# Asked with the registry's `host[:port]`; None means anonymous.
+# Asked with the registry's `host[:port]`: user name and password, or "" and an identity token; None means anonymous.
 CredentialProvider: TypeAlias = Callable[[str], tuple[str, str] | None]
 
 # A config.json lists hosts and small settings; anything beyond 1 MiB is not one.
@@ -29,6 +29,7 @@ class _Entry(Struct, frozen=True):
     auth: str = ""
     username: str = ""
     password: str = ""
+    identity_token: str = field(name="identitytoken", default="")
 
 
 class _File(Struct, frozen=True):
@@ -48,7 +49,7 @@ class DockerConfig:
         self._auths: dict[str, _Entry] = {}
 
     def __call__(self, host: str) -> tuple[str, str] | None:
-        """User name and password for `host[:port]`, None when the file has none."""
+        """User name and password, or "" and an identity token, for `host[:port]`; None when the file has none."""
         auths = self._load()
         for key in _HUB_KEYS if host in _HUB_KEYS else (host,):
             if key in auths:
@@ -78,6 +79,8 @@ class DockerConfig:
         return auths
 
     def _decode(self, key: str, entry: _Entry) -> tuple[str, str] | None:
+        if entry.identity_token:
+            return "", entry.identity_token
         if entry.username:
             return entry.username, entry.password
         if not entry.auth:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from soci_snapshotter.errors import Config
+from soci_snapshotter.formats.hosts import Endpoint, Tls
 from soci_snapshotter.policy.retry import Retry
 from soci_snapshotter.registry.urls import speaks_http
 
@@ -18,10 +18,8 @@ class Options:
 
     plain_http: Callable[[str], bool] = speaks_http
     """Says whether a registry `host[:port]` is spoken to by http."""
-    skip_verify: bool = False
-    """Take any certificate. Credentials are then as safe as the network is."""
-    ca_file: Path | None = None
-    """PEM certificates to trust beside the system's."""
+    tls: Tls = field(default_factory=Tls)
+    """For every registry. With skip_verify credentials are only as safe as the network is."""
     connect_timeout: float = 3.0
     read_timeout: float = 30.0
     """Between two pieces of an answer; also until its head comes."""
@@ -32,23 +30,46 @@ class Options:
     span_timeout: float = 10.0
     """Between two pieces of a span, or until its head comes: somebody waits for it in read(2)."""
     retry: Retry = field(default_factory=Retry)
+    mirror_retry: Retry = field(default_factory=lambda: Retry(attempts=1))
+    """For a host that has another one after it: asking that one is the better second try."""
     user_agent: str = "soci-snapshotter"
+    dump: Callable[[str], None] | None = None
+    """Told of the head of each request and answer, secrets left out."""
+    trace: Callable[[str], None] | None = None
+    """Told of each connection and of how long each answer took."""
 
     def scheme(self, host: str) -> str:
         """`http` or `https` for a registry's `host[:port]`."""
         return "http" if self.plain_http(host) else "https"
 
-    def ssl_context(self) -> ssl.SSLContext:
-        """What connections by https use. Config when ca_file cannot be used."""
+    def endpoint(self, host: str) -> Endpoint:
+        """The registry itself, without any hosts.toml."""
+        return Endpoint(self.scheme(host), host, tls=self.tls)
+
+    def ssl_context(self, tls: Tls | None = None) -> ssl.SSLContext:
+        """What connections by https use. Config naming the file of a certificate or key that cannot be used."""
+        tls = self.tls if tls is None else tls
         context = ssl.create_default_context()
-        if self.ca_file is not None:
+        for path in tls.ca:
             try:
-                context.load_verify_locations(self.ca_file)
+                context.load_verify_locations(path)
             except (OSError, ssl.SSLError) as error:
-                raise Config(
-                    f"{self.ca_file}: no usable PEM certificates ({error.strerror or error})"
-                ) from None
-        if self.skip_verify:
+                raise Config(f"{path}: no usable PEM certificates ({_why(error)})") from None
+        for certificate, key in tls.client:
+            try:
+                context.load_cert_chain(certificate, key or None, password=_no_password)
+            except (OSError, ssl.SSLError, ValueError) as error:
+                named = f"{certificate} and {key}" if key else certificate
+                raise Config(f"{named}: no usable certificate with its key ({_why(error)})") from None
+        if tls.skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted")  # OpenSSL would ask on the terminal
+
+
+def _why(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error) or "not in PEM format"

@@ -20,13 +20,15 @@ import urllib3
 from urllib3.exceptions import HTTPError, InsecureRequestWarning, SSLError
 
 from soci_snapshotter.errors import Remote
+from soci_snapshotter.formats.hosts import Endpoint, Tls
 from soci_snapshotter.formats.httpfields import parse_retry_after
 from soci_snapshotter.policy.retry import Retry, is_transient
 from soci_snapshotter.registry import failures, urls
-from soci_snapshotter.registry.auth import TOKEN_ANSWER_LIMIT, Authenticator, Scope
+from soci_snapshotter.registry.auth import TOKEN_ANSWER_LIMIT, Authenticator, Scope, TokenRequest
 from soci_snapshotter.registry.credentials import CredentialProvider
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.options import Options
+from soci_snapshotter.registry.wire import Wire
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +44,10 @@ _POOL = 16
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request. `body` makes the body anew for each try; its length is `size` bytes."""
+    """One request. `body` makes the body anew for each try; its length is `size` bytes.
+
+    `endpoint` says with which certificates, headers and patience; the headers go to no other host.
+    """
 
     method: str
     url: str
@@ -53,6 +58,10 @@ class Call:
     body: Callable[[], bytes | Iterable[bytes]] | None = None
     size: int = 0
     timeout: float | None = None
+    endpoint: Endpoint | None = None
+    retry: Retry | None = None
+    private: bool = False
+    """The body is a secret: it follows no redirect to another host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +81,19 @@ class Session:
         self.authenticator = Authenticator(credentials, self._fetch_token)
         # At DEBUG urllib3 logs whole request targets, and a signed query is a secret.
         logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
-        if options.skip_verify:
-            urllib3.disable_warnings(InsecureRequestWarning)  # the user asked for it; once is enough
-        self._pool = urllib3.PoolManager(
-            num_pools=_POOL,
-            maxsize=_POOL,
-            retries=False,
-            ssl_context=options.ssl_context(),
-            headers={"User-Agent": options.user_agent},
-        )
+        self._wire = Wire(options.dump, options.trace)
+        self._lock = threading.Lock()
+        self._pools: dict[Tls, urllib3.PoolManager] = {}
+        self._pool(options.tls)  # certificates that cannot be used are named before anything is asked
         self._closed = threading.Event()
 
     def close(self) -> None:
         """Close idle connections and end the waits of whoever is about to try again."""
         self._closed.set()
-        self._pool.clear()
+        with self._lock:
+            pools = list(self._pools.values())
+        for pool in pools:
+            pool.clear()
 
     def request(self, call: Call, limit: int) -> Answer:
         """The whole answer, its body at most `limit` bytes; Remote when there is more."""
@@ -101,12 +108,12 @@ class Session:
                 data = b"".join(read_pieces(response, limit, call.subject, deadline))
             return Answer(response.status, headers, data)
 
-        return self.retrying(attempt, self.options.retry)
+        return self.retrying(attempt, call.retry or self.options.retry)
 
     @contextlib.contextmanager
     def open(self, call: Call) -> Iterator[Response]:
         """An answer whose body the caller reads (read_pieces)."""
-        response = self.retrying(lambda: self._exchange(call), self.options.retry)
+        response = self.retrying(lambda: self._exchange(call), call.retry or self.options.retry)
         with closing(response):
             yield response
 
@@ -149,7 +156,9 @@ class Session:
                 renewed = True
                 if status == 401:
                     field = response.headers.get("WWW-Authenticate", "")
-                    authorization = self.authenticator.answer(call.scope, call.url, field, authorization)
+                    authorization = self.authenticator.answer(
+                        call.scope, call.url, field, authorization, call.endpoint
+                    )
                     if authorization is not None:
                         continue
                 elif authorization is not None:
@@ -170,6 +179,8 @@ class Session:
         url, at_home = call.url, True
         for _ in range(urls.MAX_REDIRECTS + 1):
             headers = dict(call.headers)
+            if at_home and call.endpoint is not None and home == urls.origin(call.endpoint):
+                headers.update(call.endpoint.headers)
             if authorization is not None and at_home:
                 headers["Authorization"] = authorization
             response = self._send(call, url, headers)
@@ -180,35 +191,78 @@ class Session:
             url = urls.follow(url, location, call.subject)
             # Once away it stays away: what another host names on the registry is not asked with credentials.
             at_home = at_home and urls.split(url)[0] == home
+            if call.private and not at_home:
+                raise Remote(f"{call.subject}: redirected to another host; check the token service")
         raise Remote(f"{call.subject}: more than {urls.MAX_REDIRECTS} redirects; check the registry")
 
     def _send(self, call: Call, url: str, headers: dict[str, str]) -> Response:
         read = self.options.read_timeout if call.timeout is None else call.timeout
+        connect = call.endpoint.dial_timeout if call.endpoint is not None else None
         body: bytes | Iterable[bytes] | None = None
         if call.body is not None:
             body = call.body()
             headers["Content-Length"] = str(call.size)
+        headers = {"User-Agent": self.options.user_agent, "Accept-Encoding": "identity", **headers}
+        started = self._wire.sending(call.method, url, headers)
         try:
-            return self._pool.urlopen(
+            response = self._pool(self._tls(call, url)).urlopen(
                 call.method,
                 url,
                 body=body,
-                headers={"User-Agent": self.options.user_agent, "Accept-Encoding": "identity", **headers},
+                headers=headers,
                 redirect=False,
                 retries=False,
                 preload_content=False,
                 decode_content=False,
-                timeout=urllib3.Timeout(connect=self.options.connect_timeout, read=read),
+                timeout=urllib3.Timeout(connect=connect or self.options.connect_timeout, read=read),
             )
         except (HTTPError, OSError) as error:
+            self._wire.failed(call.method, url, error, started)
             raise _broken(call.subject, error) from None
+        self._wire.answered(call.method, url, response, started)
+        return response
 
-    def _fetch_token(self, url: str, basic: str | None, subject: Subject) -> bytes:
-        """GET a token once; the request that needs it is what is tried again."""
-        headers = {} if basic is None else {"Authorization": basic}
-        scope = Scope(subject.host, subject.repository, "")
-        call = Call("GET", url, scope, subject, frozenset({200}), headers)
-        response, _ = self._follow(call, basic)
+    def _tls(self, call: Call, url: str) -> Tls:
+        """The endpoint's certificates; a client certificate is shown to the endpoint's own host name only."""
+        if call.endpoint is None:
+            return self.options.tls.without_client()
+        same = urls.split(url)[0].host == urls.origin(call.endpoint).host
+        return call.endpoint.tls if same else call.endpoint.tls.without_client()
+
+    def _pool(self, tls: Tls) -> urllib3.PoolManager:
+        with self._lock:
+            pool = self._pools.get(tls)
+            if pool is None:
+                if tls.skip_verify:
+                    urllib3.disable_warnings(InsecureRequestWarning)  # the user asked for it; once is enough
+                pool = self._wire.attach(
+                    urllib3.PoolManager(
+                        num_pools=_POOL,
+                        maxsize=_POOL,
+                        retries=False,
+                        ssl_context=self.options.ssl_context(tls),
+                        headers={"User-Agent": self.options.user_agent},
+                    )
+                )
+                self._pools[tls] = pool
+        return pool
+
+    def _fetch_token(self, request: TokenRequest) -> bytes:
+        """Ask for a token once; the request that needs it is what is tried again."""
+        subject, form = request.subject, request.form
+        call = Call(
+            "GET" if form is None else "POST",
+            request.url,
+            Scope(subject.host, subject.repository, ""),
+            subject,
+            frozenset({200}),
+            {} if form is None else {"Content-Type": "application/x-www-form-urlencoded"},
+            None if form is None else lambda: form,
+            len(form or b""),
+            endpoint=request.endpoint,
+            private=form is not None,
+        )
+        response, _ = self._follow(call, request.basic)
         with closing(response):
             if response.status != 200:
                 error = failures.refused(subject, response.status, discard(response))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from urllib.parse import quote
 
 from soci_snapshotter.errors import Invalid, Remote
 from soci_snapshotter.formats import digest as digests
@@ -11,64 +13,79 @@ from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.formats.oci import Descriptor, Index, Manifest
 from soci_snapshotter.registry import referrers, urls
 from soci_snapshotter.registry.auth import Scope
-from soci_snapshotter.registry.failures import Subject
-from soci_snapshotter.registry.transport import Answer, Call, Session
-from soci_snapshotter.registry.urls import Repo
+from soci_snapshotter.registry.failures import Transient
+from soci_snapshotter.registry.routes import Route
+from soci_snapshotter.registry.transport import Answer, Call
 
 _ANSWER = 64 << 10  # answers to uploads are empty or an error body
 # Two pushers that update one referrers tag can overwrite each other: each looks whether its entry stayed.
 _TAG_TRIES = 4
+_ACTIONS = "pull,push"
+# 201 answers a mount that was made, 202 an upload that was begun.
+_STARTED = frozenset({201, 202})
 
 
 def blob(
-    session: Session,
-    repo: Repo,
+    route: Route,
     descriptor: Descriptor,
     body: Callable[[], Iterable[bytes]],
     progress: Callable[[int], None] | None,
-) -> None:
-    """Upload a blob; a broken upload starts over from POST. Remote when the registry takes it for another."""
+    mount_from: str = "",
+) -> bool:
+    """Upload a blob; a broken upload starts over from POST. Remote when the registry takes it for another.
+
+    `mount_from` is a repository of the same registry that may have the blob already: then nothing is sent, and the
+    answer is False. `progress` is told of bytes as they go, of a negative number when they have to go again.
+    """
+    session = route.session
     what = f"upload of blob {descriptor.digest}"
+    path = "blobs/uploads/"
+    if mount_from:
+        path += f"?mount={descriptor.digest}&from={quote(mount_from, safe='')}"
 
-    def attempt() -> None:
-        start = _call(session, "POST", repo, "blobs/uploads/", what, expected={202}, body=b"")
-        location = session.request(start, _ANSWER).headers.get("Location", "")
-        if not location:
-            raise Remote(f"{start.subject}: no upload location; check the registry")
-        target = urls.follow(start.url, location, start.subject)
+    def attempt() -> bool:
+        started = route.call("POST", path, what, expected=_STARTED, actions=_ACTIONS, body=b"")
+        answer = session.request(started, _ANSWER)
+        if answer.status == 201:
+            return False
+        target = urls.follow(started.url, _location(answer, started), started.subject)
         target += f"{'&' if '?' in target else '?'}digest={descriptor.digest}"
-        away = urls.split(target)[0] != urls.split(start.url)[0]
-        call = Call(
-            "PUT",
-            target,
+        away = urls.split(target)[0] != urls.split(started.url)[0]
+        counter = _Counter(progress)
+        call = replace(
+            started,
+            method="PUT",
+            url=target,
             # Another host than the registry's gets no authorization: a scope for which there never is a grant.
-            Scope(urls.split(target)[0].host, "", "") if away else start.scope,
-            start.subject,
-            frozenset({201}),
-            {"Content-Type": "application/octet-stream"},
-            lambda: _counted(body(), progress),
-            descriptor.size,
-            session.options.upload_timeout,
+            scope=Scope(urls.split(target)[0].host, "", "") if away else started.scope,
+            expected=frozenset({201}),
+            headers={"Content-Type": "application/octet-stream"},
+            body=lambda: counter.over(body()),
+            size=descriptor.size,
+            timeout=session.options.upload_timeout,
         )
-        with session.open_once(call) as response:
-            said = response.headers.get("Docker-Content-Digest", descriptor.digest)
+        try:
+            with session.open_once(call) as response:
+                said = response.headers.get("Docker-Content-Digest", descriptor.digest)
+        except Transient:
+            counter.take_back()
+            raise
         if said != descriptor.digest:
-            raise Remote(f"{start.subject}: the registry stored another digest; check its storage")
+            raise Remote(f"{started.subject}: the registry stored another digest; check its storage")
+        return True
 
-    session.retrying(attempt, session.options.retry)
+    return session.retrying(attempt, session.options.retry)
 
 
-def manifest(session: Session, repo: Repo, data: bytes, media_type: str, tag: str | None) -> Descriptor:
+def manifest(route: Route, data: bytes, media_type: str, tag: str | None) -> Descriptor:
     """Put a manifest under `tag` or its digest."""
     if len(data) > oci.MANIFEST_LIMIT:
         raise Invalid(f"manifest of {len(data)} bytes: registries take at most {oci.MANIFEST_LIMIT}")
     document = oci.decode_manifest(data)
     digest = digests.sha256(data)
-    answer = _put(session, repo, data, media_type, tag or str(digest))
+    answer = _put(route, data, media_type, tag or str(digest))
     if answer.headers.get("Docker-Content-Digest", digest) != digest:
-        raise Remote(
-            f"{repo.host}/{repo.repository}: stored another digest than {digest}; check the registry"
-        )
+        raise Remote(f"{route}: stored another digest than {digest}; check the registry")
     descriptor = Descriptor(media_type, digest, len(data))
     subject = document.subject
     if subject is not None and "OCI-Subject" not in answer.headers:
@@ -78,13 +95,13 @@ def manifest(session: Session, repo: Repo, data: bytes, media_type: str, tag: st
         entry = Descriptor(
             media_type, digest, len(data), annotations=document.annotations, artifact_type=kind
         )
-        _update_tag(session, repo, subject.digest, entry)
+        _update_tag(route, subject.digest, entry)
     return descriptor
 
 
-def _update_tag(session: Session, repo: Repo, subject: Digest, entry: Descriptor) -> None:
+def _update_tag(route: Route, subject: Digest, entry: Descriptor) -> None:
     for _ in range(_TAG_TRIES):
-        current = referrers.from_tag(session, repo, subject)
+        current = referrers.from_tag(route, subject, _ACTIONS)
         if any(each.digest == entry.digest for each in current.manifests):
             return
         updated = Index(
@@ -93,43 +110,48 @@ def _update_tag(session: Session, repo: Repo, subject: Digest, entry: Descriptor
             manifests=(*current.manifests, entry),
             annotations=current.annotations,
         )
-        _put(session, repo, oci.encode(updated), oci.INDEX, referrers.fallback_tag(subject))
-    if not any(each.digest == entry.digest for each in referrers.from_tag(session, repo, subject).manifests):
-        raise Remote(f"{repo.host}/{repo.repository}: others keep overwriting the referrers tag; push again")
+        _put(route, oci.encode(updated), oci.INDEX, referrers.fallback_tag(subject))
+    listed = referrers.from_tag(route, subject, _ACTIONS).manifests
+    if not any(each.digest == entry.digest for each in listed):
+        raise Remote(f"{route}: others keep overwriting the referrers tag; push again")
 
 
-def _put(session: Session, repo: Repo, data: bytes, media_type: str, name: str) -> Answer:
-    headers = {"Content-Type": media_type}
-    call = _call(
-        session, "PUT", repo, f"manifests/{name}", f"upload of manifest {name}", {201}, data, headers
+def _put(route: Route, data: bytes, media_type: str, name: str) -> Answer:
+    call = route.call(
+        "PUT",
+        f"manifests/{name}",
+        f"upload of manifest {name}",
+        expected=frozenset({201}),
+        headers={"Content-Type": media_type},
+        actions=_ACTIONS,
+        body=data,
     )
-    return session.request(call, _ANSWER)
+    return route.session.request(call, _ANSWER)
 
 
-def _call(
-    session: Session,
-    method: str,
-    repo: Repo,
-    path: str,
-    what: str,
-    expected: set[int],
-    body: bytes,
-    headers: Mapping[str, str] | None = None,
-) -> Call:
-    return Call(
-        method,
-        f"{session.options.scheme(repo.host)}://{repo.host}/v2/{repo.repository}/{path}",
-        Scope(repo.host, repo.repository, "pull,push"),
-        Subject(repo.host, repo.repository, what),
-        frozenset(expected),
-        headers or {},
-        lambda: body,
-        len(body),
-    )
+def _location(answer: Answer, call: Call) -> str:
+    location = answer.headers.get("Location", "")
+    if not location:
+        raise Remote(f"{call.subject}: no upload location; check the registry")
+    return location
 
 
-def _counted(pieces: Iterable[bytes], progress: Callable[[int], None] | None) -> Iterator[bytes]:
-    for piece in pieces:
-        yield piece
-        if progress is not None:
-            progress(len(piece))
+class _Counter:
+    """Tells `progress` of the bytes of one try, and takes them back when it has to be made again."""
+
+    def __init__(self, progress: Callable[[int], None] | None) -> None:
+        self._progress = progress
+        self._told = 0
+
+    def over(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        self.take_back()  # a redirect makes the body anew within one try
+        for piece in pieces:
+            yield piece
+            if self._progress is not None:
+                self._told += len(piece)
+                self._progress(len(piece))
+
+    def take_back(self) -> None:
+        if self._progress is not None and self._told:
+            self._progress(-self._told)
+        self._told = 0

@@ -13,6 +13,7 @@ from typing import Protocol
 from urllib.parse import quote, urljoin, urlsplit
 
 from soci_snapshotter.errors import Remote
+from soci_snapshotter.formats.hosts import Endpoint
 from soci_snapshotter.registry.failures import Subject
 
 # A blob behind an object store takes one hop, a mirror in front of it one more; loops must end.
@@ -85,6 +86,11 @@ def split(url: str) -> tuple[Origin, str]:
         raise ValueError("user name or password in a URL")
     origin = Origin(parts.scheme, parts.hostname, _DEFAULT_PORTS[parts.scheme] if port is None else port)
     return origin, (parts.path or "/") + ("?" + parts.query if parts.query else "")
+
+
+def origin(endpoint: Endpoint) -> Origin:
+    """Whom an endpoint's connections are made to."""
+    return split(f"{endpoint.scheme}://{endpoint.host}/")[0]
 
 
 def follow(url: str, location: str, subject: Subject) -> str:
