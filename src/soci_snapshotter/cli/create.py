@@ -1,101 +1,123 @@
-"""`soci create REF`: index an image that is in containerd."""
+"""`soci create REF`: index an image, in containerd, in an OCI layout, or straight in its registry."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
+import msgspec
 
 from ..errors import Invalid
 from ..formats.sociindex import INDEX_V1
-from ..index.create import (
-    DEFAULT_MIN_LAYER_SIZE,
-    DEFAULT_SPAN_SIZE,
-    CreatedIndex,
-    CreateOptions,
-    create,
-)
-from ..index.images import LocalImage, find_images
-from ..index.sinks import Store
-from ..index.workers import Built
-from ..store.artifacts import Artifacts, IndexRecord, now_ns
-from .context import Bytes, Globals, image_reference, wanted_platforms
+from ..index.create import Indexed, soci_index
+from ..index.layout_output import FORMATS, check_output, write_layout
+from ..index.layouts import DIRECTORY, LayoutContent, listed, open_layout, root_of, whole
+from ..index.outputs import Blob, distinct
+from ..index.places import ContainerdContent, ContainerdPlace, RegistryContent, RegistryPlace
+from ..index.publish import send
+from ..index.push import CONCURRENT_UPLOADS
+from ..store.artifacts import IndexRecord, now_ns
+from .building import BuildFlags, Session, build_options, building, exclusive, summary
+from .context import Globals, image_reference
+from .registries import RegistryFlags, registry_access, registry_options
 
 
 @click.command(name="create")
 @click.argument("ref")
-@click.option("--platform", "-p", "platforms", multiple=True, help="os/arch[/variant]; may be repeated.")
-@click.option("--all-platforms", is_flag=True, help="Every platform that was pulled.")
+@click.argument("output", required=False, type=click.Path(path_type=Path))
+@build_options
 @click.option(
-    "--span-size",
-    type=Bytes(),
-    default=DEFAULT_SPAN_SIZE,
-    show_default=True,
-    help="Uncompressed bytes between checkpoints.",
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default=None,
+    help="Of OUTPUT, with --standalone; as REF is by default.",
 )
-@click.option(
-    "--min-layer-size",
-    type=Bytes(zero=True),
-    default=DEFAULT_MIN_LAYER_SIZE,
-    show_default=True,
-    help="Smaller layers get no ztoc and are pulled whole.",
-)
+@registry_options
 @click.pass_obj
 def create_command(
     flags: Globals,
     *,
     ref: str,
-    platforms: tuple[str, ...],
-    all_platforms: bool,
-    span_size: int,
-    min_layer_size: int,
+    output: Path | None,
+    form: str | None,
+    build: BuildFlags,
+    registry: RegistryFlags,
 ) -> None:
-    """Make the SOCI index (v1) of the image REF, which stays as it is."""
-    wanted = wanted_platforms(platforms, everything=all_platforms)
+    """Make the SOCI index (v1) of the image REF, which stays as it is.
+
+    The index goes to the content store. With --standalone REF is an OCI layout, and the index is added to it, or to
+    a copy at OUTPUT; with --from-registry it is pushed beside the image.
+    """
+    exclusive(flags, build)
+    if output is not None and not build.standalone:
+        raise Invalid(f"OUTPUT {str(output)!r} has a meaning with --standalone only")
+    with building(build) as session:
+        if build.standalone:
+            _standalone(session, Path(ref), output, form)
+        elif build.from_registry:
+            _from_registry(session, ref, registry)
+        else:
+            _from_containerd(flags, session, ref)
+
+
+def _from_containerd(flags: Globals, session: Session, ref: str) -> None:
     name = str(image_reference(ref))
-    options = CreateOptions(span_size=span_size, min_layer_size=min_layer_size)
+    place = ContainerdPlace(flags.address, flags.namespace)
     with flags.artifacts() as artifacts, flags.containerd() as client:
         store = flags.store(client)
-        images = find_images(client, name, wanted)
-        refused = []
-        for image in images:
-            try:
-                created = create(client, store, image, options, _print_built)
-            except Invalid as error:
-                # With several platforms one may have nothing to index; only if none has, that is an error.
-                refused.append(error)
-                continue
-            _record(flags, artifacts, store, created)
-            _print_created(image, created)
-        if len(refused) == len(images):
-            raise refused[0]
-        for refusal in refused:
-            print(f"skipped: {refusal}")
+        session.reuse(artifacts, store, flags.namespace)
+        root = client.images.get(name).target
+        for indexed in session.index(place, ContainerdContent(client), name, root):
+            blobs = soci_index(indexed, session.build_tool, version=1)
+            store.publish(blobs, indexed.image.descriptor.digest)
+            # containerd collects an index once a newer one has taken its label.
+            artifacts.add(_record(flags, store.name, indexed, blobs[-1]), only=store.name == "containerd")
+            session.result(summary(indexed, blobs[-1].digest), blobs[-1].digest)
 
 
-def _record(flags: Globals, artifacts: Artifacts, store: Store, created: CreatedIndex) -> None:
-    record = IndexRecord(
-        digest=created.digest,
-        store=store.name,
+def _record(flags: Globals, store: str, indexed: Indexed, index: Blob) -> IndexRecord:
+    return IndexRecord(
+        digest=index.digest,
+        store=store,
         namespace=flags.namespace,
-        image_digest=created.image.descriptor.digest,
-        image_name=created.image.name,
-        platform=str(created.image.platform),
+        image_digest=indexed.image.descriptor.digest,
+        image_name=indexed.image.name,
+        platform=str(indexed.image.platform),
         media_type=INDEX_V1,
-        size=created.size,
+        size=index.descriptor.size,
         created_ns=now_ns(),
     )
-    # containerd collects an index once a newer one has taken its label.
-    artifacts.add(record, only=store.name == "containerd")
 
 
-def _print_built(built: Built) -> None:
-    print(f"layer {built.layer} -> ztoc {built.digest} ({built.size} bytes)", flush=True)
+def _standalone(session: Session, path: Path, output: Path | None, form: str | None) -> None:
+    place = open_layout(path)
+    form = form or place.form
+    if output is None and (place.form != DIRECTORY or form != DIRECTORY):
+        raise Invalid(f"{path}: a tar cannot be added to; name the OUTPUT to write")
+    target = output or path
+    check_output(target, form)
+    content = LayoutContent(place)
+    blobs: list[Blob] = []
+    roots = list(listed(place))
+    for indexed in session.index(place, content, str(path), root_of(place)):
+        own = soci_index(indexed, session.build_tool, version=1)
+        blobs += own
+        entry = msgspec.structs.replace(own[-1].descriptor, artifact_type=INDEX_V1)
+        if entry.digest not in [root.digest for root in roots]:
+            roots.append(entry)
+        session.result(summary(indexed, entry.digest), entry.digest)
+    kept = [] if target == path else whole(place)
+    write_layout(target, form, [*kept, *distinct(blobs)], roots)
 
 
-def _print_created(image: LocalImage, created: CreatedIndex) -> None:
-    for skipped in created.skipped:
-        print(f"layer {skipped.layer.digest} skipped: {skipped.why}")
-    print(f"index {created.digest} ({image.platform}): {len(created.ztocs)} of {_count(image)} layers")
-
-
-def _count(image: LocalImage) -> int:
-    return len(image.manifest.layers)
+def _from_registry(session: Session, ref: str, registry: RegistryFlags) -> None:
+    reference = image_reference(ref)
+    place = RegistryPlace(registry_access(registry, reference), reference)
+    with place.access.open() as client:
+        root = client.resolve(reference)
+        content = RegistryContent(client, reference)
+        for indexed in session.index(place, content, str(reference), root):
+            blobs = soci_index(indexed, session.build_tool, version=1)
+            send(client, reference, blobs, tag=None, uploads=CONCURRENT_UPLOADS)
+            session.result(summary(indexed, blobs[-1].digest), blobs[-1].digest)

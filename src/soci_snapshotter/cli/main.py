@@ -52,7 +52,7 @@ Exit codes:
 class _Commands(click.Group):
     """One module per command, imported when it is used: `create` needs no HTTP, say."""
 
-    names = ("create", "pull", "push", "completion")
+    names = ("create", "convert", "pull", "push", "completion", "doctor")
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """For --help."""

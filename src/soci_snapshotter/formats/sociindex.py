@@ -56,6 +56,21 @@ class ZtocDescriptor:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchDescriptor:
+    """A prefetch artifact (digest, size in bytes) and the layer whose spans it lists."""
+
+    digest: Digest
+    size: int
+    layer_digest: Digest
+
+    def descriptor(self) -> Descriptor:
+        """As it stands in the index."""
+        return Descriptor(
+            PREFETCH, self.digest, self.size, annotations={LAYER_DIGEST: str(self.layer_digest)}
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class SociIndex:
     """A decoded SOCI index: `version` 1 or 2, its ztocs by the digest of the layer they describe."""
 
@@ -70,19 +85,28 @@ class SociIndex:
         return self.ztocs.get(layer_digest)
 
 
-def build(subject: Descriptor, layers: Sequence[ZtocDescriptor], build_tool: str) -> bytes:
-    """A version 1 index for the image manifest `subject`; `layers` in image order, a repeated layer repeated.
+def build(
+    subject: Descriptor | None,
+    layers: Sequence[ZtocDescriptor],
+    build_tool: str,
+    prefetch: Sequence[PrefetchDescriptor] = (),
+) -> bytes:
+    """An index: version 1 for the image manifest `subject`, version 2 (bundled with its image) without one.
 
-    Invalid when there is no ztoc at all: such an index would say nothing.
+    `layers` in image order, a repeated layer repeated. Invalid when there is no ztoc at all: such an index would say
+    nothing.
     """
     if not layers:
-        raise Invalid(f"no layer of {subject.digest} has a ztoc: nothing to index")
+        image = f"no layer of {subject.digest}" if subject else "no layer"
+        raise Invalid(f"{image} has a ztoc: nothing to index")
+    entries = [layer.descriptor() for layer in layers] + [entry.descriptor() for entry in prefetch]
+    kind = INDEX_V2 if subject is None else INDEX_V1
     manifest = Manifest(
         schema_version=2,
         media_type=oci.MANIFEST,
-        config=Descriptor(INDEX_V1, oci.EMPTY_JSON_DIGEST, len(oci.EMPTY_JSON)),
-        layers=tuple(layer.descriptor() for layer in layers),
-        subject=Descriptor(subject.media_type, subject.digest, subject.size),
+        config=Descriptor(kind, oci.EMPTY_JSON_DIGEST, len(oci.EMPTY_JSON)),
+        layers=tuple(entries),
+        subject=None if subject is None else Descriptor(subject.media_type, subject.digest, subject.size),
         annotations={BUILD_TOOL: build_tool},
     )
     return oci.encode(manifest)

@@ -1,27 +1,27 @@
-"""`soci create`: the v1 SOCI index of an image that is in containerd's content store.
+"""The SOCI index of one image, whatever place it is in: its ztocs and prefetch artifacts, then the manifest.
 
-Nothing is stored until every layer of the image has its ztoc: a layer that cannot be indexed leaves no trace.
-Building the same image again with the same options gives the same bytes, hence the same digests.
+Nothing is stored here and nothing is stored before every layer of the image has its ztoc: a damaged layer leaves
+no trace. Building the same image again with the same options gives the same bytes, hence the same digests.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..containerd.client import ContainerdClient
-from ..errors import Invalid, NotFound, Unsupported
+from ..errors import Invalid, NotFound
 from ..formats import oci, sociindex
+from ..formats import ztoc as ztocs
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor
-from ..formats.sociindex import ZtocDescriptor
+from ..formats.sociindex import PrefetchDescriptor, ZtocDescriptor
 from ..formats.ztoc import Compression
 from .images import LocalImage
-from .sinks import Store
-from .workers import Built, Job, build_all
+from .outputs import Blob, document
+from .places import ImageContent, Place
+from .workers import Built, Job, Outcome, Refused, Told, build_all
 
 # What the Go tool uses; a span is one request of a lazy start.
 DEFAULT_SPAN_SIZE = 4 << 20
@@ -32,7 +32,15 @@ DEFAULT_MIN_LAYER_SIZE = 10 << 20
 # that an upgrade does not give every index a new digest.
 BUILD_TOOL = "soci-snapshotter Python v0.1"
 
+XATTR = "xattr"
+OPTIMIZATIONS = (XATTR,)
+
 _COMPRESSIONS = {"gzip": Compression.GZIP, "": Compression.UNCOMPRESSED}
+_XATTR_RECORD = b"SCHILY.xattr."
+_OPAQUE = b".wh..wh..opq"
+
+Known = Callable[[Descriptor, int, str], tuple[Digest, bytes] | None]
+"""A ztoc that was made earlier: of a layer, with a span size in bytes, by a build tool; None when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,7 @@ class CreateOptions:
     span_size: int = DEFAULT_SPAN_SIZE
     min_layer_size: int = DEFAULT_MIN_LAYER_SIZE
     build_tool: str = BUILD_TOOL
+    optimizations: frozenset[str] = frozenset()
     workers: int = 0
 
     def worker_count(self) -> int:
@@ -51,86 +60,128 @@ class CreateOptions:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A layer that gets no ztoc, and why."""
+    """A layer that gets no ztoc, and why. `odd` when it could not have one, rather than need not."""
 
     layer: Descriptor
     why: str
+    odd: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class CreatedIndex:
-    """An index that is stored now. `ztocs` in image order, a repeated layer repeated."""
+class Indexed:
+    """An image's ztocs, built. `ztocs` in image order, a repeated layer repeated; `files` by their digests."""
 
     image: LocalImage
-    digest: Digest
-    size: int
     ztocs: tuple[ZtocDescriptor, ...]
+    files: dict[Digest, Path]
     skipped: tuple[Skipped, ...]
+    prefetch: tuple[tuple[PrefetchDescriptor, bytes], ...] = ()
 
 
-def why_skipped(layer: Descriptor, min_layer_size: int) -> str | None:
-    """Why a layer is left without a ztoc, None when it gets one.
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a caller is told while layers are indexed, and what it knows already."""
 
-    Raises Unsupported for what is no container layer at all: such an image is an artifact of another kind.
-    """
+    told: Told = lambda _layer, _count: None
+    outcome: Callable[[Outcome], None] = lambda _: None
+    known: Known = lambda _layer, _span_size, _tool: None
+
+
+def why_skipped(layer: Descriptor, min_layer_size: int) -> Skipped | None:
+    """Why a layer is left without a ztoc, None when it gets one."""
     compression = oci.layer_compression(layer.media_type)
     if compression is None:
-        raise Unsupported(
-            f"layer {layer.digest}: {layer.media_type!r} is no container layer; cannot index it"
-        )
+        return Skipped(layer, f"{layer.media_type!r} is no container layer", odd=True)
     if oci.is_nondistributable(layer.media_type):
-        return "non-distributable"
+        return Skipped(layer, "non-distributable")
     if compression not in _COMPRESSIONS:
-        return f"{compression} is not indexed"
+        return Skipped(layer, f"{compression} is not indexed yet", odd=True)
     if layer.size < min_layer_size:
-        return f"smaller than --min-layer-size {min_layer_size}"
+        return Skipped(layer, f"size {layer.size} is less than min-layer-size {min_layer_size}")
     return None
 
 
-def create(
-    client: ContainerdClient,
-    store: Store,
+def index_image(
+    place: Place,
+    content: ImageContent,
     image: LocalImage,
     options: CreateOptions,
-    on_built: Callable[[Built], None] = lambda _: None,
-) -> CreatedIndex:
-    """Index one image and store the result.
+    scratch: Path,
+    hooks: Hooks = Hooks(),
+) -> Indexed:
+    """Build the ztocs of one image into the directory `scratch`.
 
-    `on_built` is told of every ztoc as it is finished. Raises Invalid when no layer is to be indexed,
-    NotFound when a layer is not in containerd, Integrity when one is damaged; then nothing was written.
+    A layer that no ztoc can describe is skipped, and said so. Raises Invalid when no layer is left to index,
+    NotFound when one is not there, Integrity when one is damaged.
     """
     layers = image.manifest.layers
-    reasons = [why_skipped(layer, options.min_layer_size) for layer in layers]
-    skipped = tuple(Skipped(layer, why) for layer, why in zip(layers, reasons, strict=True) if why)
-    if len(skipped) == len(layers):
-        reasons_text = ", ".join(sorted({skip.why for skip in skipped})) or "it has none"
-        raise Invalid(f"image {image.name} ({image.platform}): no layer to index: {reasons_text}")
-    wanted = [position for position, why in enumerate(reasons) if why is None]
-    _check_present(client, image, [layers[position] for position in wanted])
-    with tempfile.TemporaryDirectory(prefix="soci-create-") as scratch:
-        jobs = _jobs(client, image, wanted, options, Path(scratch))
-        built = {}
-        for result in build_all(jobs, options.worker_count()):
-            built[result.layer] = result
-            on_built(result)
-        ztocs = tuple(_ztoc(layers[position], built, options.span_size) for position in wanted)
-        index = sociindex.build(image.descriptor, ztocs, options.build_tool)
-        ordered = [built[layer] for layer in dict.fromkeys(ztoc.layer_digest for ztoc in ztocs)]
-        digest = store.put_index(image.descriptor.digest, index, ordered)
-    return CreatedIndex(image, digest, len(index), ztocs, skipped)
+    skipped = {
+        n: skip for n, layer in enumerate(layers) if (skip := why_skipped(layer, options.min_layer_size))
+    }
+    wanted = [position for position in range(len(layers)) if position not in skipped]
+    if not wanted:
+        raise Invalid(nothing_to_index(image, list(skipped.values())))
+    files: dict[Digest, Path] = {}
+    built = _known(image, wanted, options, scratch, hooks)
+    missing = [position for position in wanted if layers[position].digest not in built]
+    for position in missing:
+        if not content.has(layers[position]):
+            raise NotFound(f"image {image.name}: layer {layers[position].digest} is {place.missing}")
+    jobs = _jobs(place, image, missing, options, scratch)
+    for outcome in build_all(jobs, options.worker_count(), hooks.told) if jobs else ():
+        built[outcome.layer] = outcome
+        hooks.outcome(outcome)
+    described = []
+    for position in wanted:
+        outcome = built[layers[position].digest]
+        if isinstance(outcome, Refused):
+            skipped[position] = Skipped(layers[position], outcome.why, odd=True)
+        else:
+            described.append(_describe(layers[position], outcome, options))
+            files[outcome.digest] = outcome.output
+    if not described:
+        raise Invalid(nothing_to_index(image, list(skipped.values())))
+    return Indexed(image, tuple(described), files, tuple(skip for _, skip in sorted(skipped.items())))
 
 
-def _check_present(client: ContainerdClient, image: LocalImage, layers: Sequence[Descriptor]) -> None:
-    for layer in layers:
-        if not client.content.exists(layer.digest):
-            raise NotFound(
-                f"image {image.name}: layer {layer.digest} is not in containerd's content store (pulled "
-                f"lazily, or discarded after unpacking); get it with: ctr content fetch {image.name}"
-            )
+def nothing_to_index(image: LocalImage, skipped: Sequence[Skipped]) -> str:
+    """The message when an image gets no index."""
+    reasons = ", ".join(sorted({skip.why for skip in skipped})) or "it has no layers"
+    return f"image {image.name} ({image.platform}): no layer to index: {reasons}"
+
+
+def soci_index(indexed: Indexed, build_tool: str, *, version: int) -> tuple[Blob, ...]:
+    """The blobs of the image's SOCI index (version 1 or 2), the index manifest last."""
+    subject = indexed.image.descriptor if version == 1 else None
+    artifacts = tuple(descriptor for descriptor, _ in indexed.prefetch)
+    manifest = sociindex.build(subject, indexed.ztocs, build_tool, artifacts)
+    config = document(sociindex.INDEX_V1 if version == 1 else sociindex.INDEX_V2, oci.EMPTY_JSON)
+    needed = [Blob(ztoc.descriptor(), indexed.files[ztoc.digest]) for ztoc in indexed.ztocs]
+    needed += [Blob(descriptor.descriptor(), data) for descriptor, data in indexed.prefetch]
+    distinct = list({blob.digest: blob for blob in needed}.values())
+    refs = [("config", config.digest)]
+    refs += [(f"ztoc.{position}", blob.digest) for position, blob in enumerate(needed)]
+    return (config, *distinct, document(oci.MANIFEST, manifest, tuple(refs)))
+
+
+def _known(
+    image: LocalImage, wanted: Sequence[int], options: CreateOptions, scratch: Path, hooks: Hooks
+) -> dict[Digest, Outcome]:
+    found: dict[Digest, Outcome] = {}
+    for position in wanted:
+        layer = image.manifest.layers[position]
+        if layer.digest in found:
+            continue
+        known = hooks.known(layer, options.span_size, options.build_tool)
+        if known is not None:
+            output = scratch / f"{layer.digest.hex}.{options.span_size}"
+            output.write_bytes(known[1])
+            found[layer.digest] = Built(layer.digest, known[0], len(known[1]), output)
+    return found
 
 
 def _jobs(
-    client: ContainerdClient, image: LocalImage, wanted: Sequence[int], options: CreateOptions, scratch: Path
+    place: Place, image: LocalImage, wanted: Sequence[int], options: CreateOptions, scratch: Path
 ) -> list[Job]:
     """One job per different layer, the biggest first: the last to finish should be a small one."""
     by_digest = {image.manifest.layers[position].digest: position for position in reversed(wanted)}
@@ -139,25 +190,33 @@ def _jobs(
         layer = image.manifest.layers[position]
         compression = _COMPRESSIONS[oci.layer_compression(layer.media_type) or ""]
         job = Job(
-            address=client.address,
-            namespace=client.namespace,
-            layer=digest,
+            place=place,
+            layer=layer,
             diff_id=image.config.diff_ids[position],
             compression=compression,
             span_size=options.span_size,
             build_tool=options.build_tool,
-            output=scratch / digest.hex,
+            output=scratch / f"{digest.hex}.{options.span_size}",
         )
         jobs.append((layer.size, position, job))
     return [job for _, _, job in sorted(jobs, key=lambda item: (-item[0], item[1]))]
 
 
-def _ztoc(layer: Descriptor, built: dict[Digest, Built], span_size: int) -> ZtocDescriptor:
-    result = built[layer.digest]
+def _describe(layer: Descriptor, built: Built, options: CreateOptions) -> ZtocDescriptor:
+    plain = XATTR in options.optimizations and not _has_xattrs(built.output)
     return ZtocDescriptor(
-        digest=result.digest,
-        size=result.size,
+        digest=built.digest,
+        size=built.size,
         layer_digest=layer.digest,
         layer_media_type=layer.media_type,
-        span_size=span_size,
+        span_size=options.span_size,
+        disable_xattrs=plain,
+    )
+
+
+def _has_xattrs(output: Path) -> bool:
+    """True when the layer has an extended attribute, or an opaque directory, which overlayfs makes one of."""
+    return any(
+        entry.name.endswith(_OPAQUE) or any(key.startswith(_XATTR_RECORD) for key, _ in entry.records)
+        for entry in ztocs.decode(output.read_bytes()).entries
     )

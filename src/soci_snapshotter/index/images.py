@@ -1,4 +1,4 @@
-"""The images behind a name in containerd: one manifest per wanted platform, whose content is there."""
+"""The images behind a name, one manifest per wanted platform, whose content is in some place."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ..containerd.client import ContainerdClient
 from ..errors import Integrity, NotFound
 from ..formats import oci
-from ..formats.oci import Descriptor, Manifest, Platform
+from ..formats.oci import Descriptor, Index, Manifest, Platform
 from ..formats.platforms import matching
+from .places import ContainerdContent, ImageContent
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,43 +27,57 @@ class LocalImage:
 def find_images(
     client: ContainerdClient, name: str, platforms: Sequence[Platform] | None
 ) -> list[LocalImage]:
-    """The images of `name` for these platforms, in this order; None means every platform that was pulled.
+    """images_of for a name that containerd knows; NotFound when it knows none."""
+    return images_of(ContainerdContent(client), client.images.get(name).target, name, platforms)
 
-    Raises NotFound naming image and platform when there is none, or when its manifest was never pulled.
+
+def images_of(
+    content: ImageContent,
+    root: Descriptor | Index,
+    name: str,
+    platforms: Sequence[Platform] | None,
+    *,
+    implied: bool = False,
+) -> list[LocalImage]:
+    """The images of `root` for these platforms, in this order; None means every platform that is there.
+
+    `implied`: nobody asked for the platforms, they are this machine's; an image without an index is taken whatever
+    it is for. Raises NotFound naming image and platform when there is none, or when its manifest was never pulled.
     """
-    record = client.images.get(name)
-    root = _read(client, name, record.target)
-    if isinstance(root, Manifest):
-        return [_single(client, name, record.target, root, platforms)]
+    if isinstance(root, Descriptor):
+        document = _read(content, name, root)
+        if isinstance(document, Manifest):
+            return [_single(content, name, root, document, None if implied else platforms)]
+        root = document
     if platforms is None:
-        return _pulled(client, name, root)
+        return _pulled(content, name, root)
     found: list[LocalImage] = []
     for platform in platforms:
         try:
             entry = oci.select_platform(root, platform)
         except NotFound as error:
             raise NotFound(f"image {name}: {error}") from None
-        image = _load(client, name, entry, _manifest(client, name, entry))
+        image = _load(content, name, entry, _manifest(content, name, entry))
         if image.descriptor.digest not in [other.descriptor.digest for other in found]:
             found.append(image)
     return found
 
 
 def _single(
-    client: ContainerdClient,
+    content: ImageContent,
     name: str,
     descriptor: Descriptor,
     manifest: Manifest,
     platforms: Sequence[Platform] | None,
 ) -> LocalImage:
-    image = _load(client, name, descriptor, manifest)
+    image = _load(content, name, descriptor, manifest)
     for platform in platforms or ():
         if not any(runs.same_as(image.platform) for runs in matching(platform)):
             raise NotFound(f"image {name}: no image for platform {platform}; it is for {image.platform}")
     return image
 
 
-def _pulled(client: ContainerdClient, name: str, index: oci.Index) -> list[LocalImage]:
+def _pulled(content: ImageContent, name: str, index: Index) -> list[LocalImage]:
     """Every image of the index whose manifest and config are there; attestations and the like are none."""
     found = []
     for entry in index.manifests:
@@ -71,7 +86,7 @@ def _pulled(client: ContainerdClient, name: str, index: oci.Index) -> list[Local
         if entry.platform is not None and entry.platform.os == "unknown":
             continue  # BuildKit's attestation manifests
         try:
-            found.append(_load(client, name, entry, _manifest(client, name, entry)))
+            found.append(_load(content, name, entry, _manifest(content, name, entry)))
         except NotFound:
             continue
     if not found:
@@ -79,8 +94,8 @@ def _pulled(client: ContainerdClient, name: str, index: oci.Index) -> list[Local
     return found
 
 
-def _load(client: ContainerdClient, name: str, descriptor: Descriptor, manifest: Manifest) -> LocalImage:
-    data = client.content.get(manifest.config.digest, oci.CONFIG_LIMIT)
+def _load(content: ImageContent, name: str, descriptor: Descriptor, manifest: Manifest) -> LocalImage:
+    data = content.get(manifest.config, oci.CONFIG_LIMIT)
     config = oci.decode_config(data)
     if len(config.diff_ids) != len(manifest.layers):
         raise Integrity(
@@ -91,20 +106,19 @@ def _load(client: ContainerdClient, name: str, descriptor: Descriptor, manifest:
     return LocalImage(name, bare, manifest, config, platform)
 
 
-def _manifest(client: ContainerdClient, name: str, descriptor: Descriptor) -> Manifest:
-    document = _read(client, name, descriptor)
+def _manifest(content: ImageContent, name: str, descriptor: Descriptor) -> Manifest:
+    document = _read(content, name, descriptor)
     if not isinstance(document, Manifest):
         raise Integrity(f"image {name}: {descriptor.digest} is an index inside an index")
     return document
 
 
-def _read(client: ContainerdClient, name: str, descriptor: Descriptor) -> Manifest | oci.Index:
+def _read(content: ImageContent, name: str, descriptor: Descriptor) -> Manifest | Index:
     try:
-        data = client.content.get(descriptor.digest, oci.MANIFEST_LIMIT)
+        data = content.get(descriptor, oci.MANIFEST_LIMIT)
     except NotFound:
         of = f" of platform {descriptor.platform}" if descriptor.platform else ""
         raise NotFound(
-            f"image {name}: manifest {descriptor.digest}{of} is not in containerd's content store; "
-            f"pull the image for that platform first"
+            f"image {name}: manifest {descriptor.digest}{of} is not there; pull the image for that platform first"
         ) from None
     return oci.decode_manifest(data)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from ..containerd.client import ContainerdClient
 from ..errors import NotFound
 from ..formats import digest as digests
-from ..formats import oci
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor
 from ..store.content import ContentStore
-from .workers import Built
+from ..store.locks import content_lock
+from .outputs import Blob, file_pieces
 
 # containerd's garbage collector follows labels with this prefix from blob to blob; what comes after it must
 # only be unique on the blob. The names are the Go tool's.
 _GC_CONTENT = "containerd.io/gc.ref.content."
 SOCI_INDEX_LABEL = _GC_CONTENT + "soci-index"
-
-# One read of a stored blob on its way to a registry.
-_PIECE = 1 << 20
 
 
 class Store(Protocol):
@@ -30,8 +25,8 @@ class Store(Protocol):
 
     name: str
 
-    def put_index(self, image: Digest, index: bytes, ztocs: Sequence[Built]) -> Digest:
-        """Store the ztocs, then the index of the image manifest `image`; return the index's digest."""
+    def publish(self, blobs: Sequence[Blob], image: Digest | None) -> None:
+        """Store the blobs, each after what it needs; the last is an index of the image manifest `image`, if given."""
 
     def get(self, digest: Digest, limit: int) -> bytes:
         """A blob of at most `limit` bytes, checked; NotFound when it is not there."""
@@ -51,18 +46,18 @@ class ContainerdStore:
     def __init__(self, client: ContainerdClient) -> None:
         self._client = client
 
-    def put_index(self, image: Digest, index: bytes, ztocs: Sequence[Built]) -> Digest:
-        """See Store. A newer index takes the older one's place, which is then collected."""
+    def publish(self, blobs: Sequence[Blob], image: Digest | None) -> None:
+        """See Store. A newer index of an image takes the older one's place, which is then collected."""
         with self._client.lease() as leased:
-            content = leased.content
-            labels = {_GC_CONTENT + "config": content.put(oci.EMPTY_JSON)}
-            for position, ztoc in enumerate(ztocs):
-                descriptor = Descriptor("application/octet-stream", ztoc.digest, ztoc.size)
-                content.write(descriptor, functools.partial(_from_file, ztoc.output))
-                labels[f"{_GC_CONTENT}ztoc.{position}"] = ztoc.digest
-            digest = content.put(index, labels)
-            content.update_labels(image, {SOCI_INDEX_LABEL: digest})
-        return digest
+            _write(leased, blobs)
+            if image is not None:
+                leased.content.update_labels(image, {SOCI_INDEX_LABEL: blobs[-1].digest})
+
+    def publish_image(self, blobs: Sequence[Blob], name: str) -> None:
+        """Store the blobs and give the last, an image's root, this name; the name is moved if it exists."""
+        with self._client.lease() as leased:
+            _write(leased, blobs)
+            leased.images.put(name, blobs[-1].descriptor)
 
     def get(self, digest: Digest, limit: int) -> bytes:
         """See Store."""
@@ -89,14 +84,16 @@ class DirectoryStore:
     def __init__(self, store: ContentStore) -> None:
         self._store = store
 
-    def put_index(self, image: Digest, index: bytes, ztocs: Sequence[Built]) -> Digest:
-        """See Store. Blobs first, so that an index never names what is not there."""
+    def publish(self, blobs: Sequence[Blob], image: Digest | None) -> None:
+        """See Store. In order, so that nothing names what is not there."""
         del image  # the link from image to index is a row in artifacts.sqlite
-        self._store.put(oci.EMPTY_JSON)
-        for ztoc in ztocs:
-            if not self._store.exists(ztoc.digest):
-                self._store.put_stream(_from_file(ztoc.output, 0), ztoc.digest, ztoc.size)
-        return self._store.put(index)
+        with content_lock(self._store.root, exclusive=False):
+            self._put(blobs)
+
+    def _put(self, blobs: Sequence[Blob]) -> None:
+        for blob in blobs:
+            if not self._store.exists(blob.digest):
+                self._store.put_stream(blob.pieces(), blob.digest, blob.descriptor.size)
 
     def get(self, digest: Digest, limit: int) -> bytes:
         """See Store."""
@@ -107,7 +104,7 @@ class DirectoryStore:
         path = self._store.path(descriptor.digest)
         if not path.is_file():
             raise NotFound(f"blob {descriptor.digest} is not in {path.parent}")
-        return _from_file(path, 0)
+        return file_pieces(path, 0)
 
     def index_of(self, image: Digest) -> Digest | None:
         """Always None: this store has no labels."""
@@ -115,8 +112,7 @@ class DirectoryStore:
         return None
 
 
-def _from_file(path: Path, offset: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        while piece := file.read(_PIECE):
-            yield piece
+def _write(client: ContainerdClient, blobs: Sequence[Blob]) -> None:
+    for blob in blobs:
+        labels = {_GC_CONTENT + name: str(digest) for name, digest in blob.refs}
+        client.content.write(blob.descriptor, blob.pieces, labels=labels)

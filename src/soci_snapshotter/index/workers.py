@@ -1,7 +1,7 @@
 """Building ztocs in several processes: one layer each, because most of the work is pure Python and inflate.
 
-Workers are spawned, never forked (gRPC's threads do not survive a fork). Each opens a client of its own,
-reads its layer from containerd and leaves the ztoc in a file; only a few words travel back. A worker that is
+Workers are spawned, never forked (gRPC's threads do not survive a fork). Each opens the
+layer's place for itself and leaves the ztoc in a file; only a few words travel back. A worker that is
 killed, for want of memory say, is noticed, and ends the command with an error.
 """
 
@@ -10,27 +10,27 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from ..containerd.client import ContainerdClient
-from ..errors import Integrity, Remote, SociError
+from ..errors import Integrity, Remote, SociError, Unsupported
 from ..formats.digest import Digest
+from ..formats.oci import Descriptor
 from ..formats.ztoc import Compression
 from .build import build_ztoc
+from .places import Place
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One layer to index. span_size in uncompressed bytes; the ztoc is written to `output`."""
 
-    address: str
-    namespace: str
-    layer: Digest
+    place: Place
+    layer: Descriptor
     diff_id: Digest
     compression: Compression
     span_size: int
@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What became of a job: the ztoc's digest and its size in bytes."""
+    """What became of a job: the ztoc's digest and its size in bytes, and where it is."""
 
     layer: Digest
     digest: Digest
@@ -48,14 +48,32 @@ class Built:
     output: Path
 
 
-def build_all(jobs: Sequence[Job], workers: int) -> Iterator[Built]:
-    """Run the jobs, at most `workers` at once, and yield results as they come; the first error ends it all.
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A layer that no ztoc can describe, and why; the others are not harmed by it."""
+
+    layer: Digest
+    why: str
+
+
+Outcome = Built | Refused
+Told = Callable[[Digest, int], None]
+"""Is told of each piece of a layer that was read: the layer, and the piece's size in (compressed) bytes."""
+
+# Bytes of a layer between two words about it from a worker: a few a second.
+_TELL_EVERY = 8 << 20
+
+
+def build_all(
+    jobs: Sequence[Job], workers: int, told: Told = lambda _layer, _count: None
+) -> Iterator[Outcome]:
+    """Run the jobs, at most `workers` at once, and yield outcomes as they come; the first error ends it all.
 
     A single job runs in this process: a worker's start (0.3 s) would be all it adds.
     """
     if len(jobs) == 1 or workers == 1:
         for job in jobs:
-            yield run(job)
+            yield run(job, told)
         return
     # The longest first would be best, but sizes are the caller's to sort by.
     waiting = list(reversed(jobs))
@@ -63,17 +81,19 @@ def build_all(jobs: Sequence[Job], workers: int) -> Iterator[Built]:
     try:
         for worker in pool:
             worker.give(waiting.pop())
-        busy = len(pool)
-        while busy:
+        while pool:
             ready = multiprocessing.connection.wait([worker.connection for worker in pool])
             for worker in pool:
                 if worker.connection not in ready:
                     continue
-                yield worker.take()
+                answer = worker.take()
+                if isinstance(answer, _Read):
+                    told(answer.layer, answer.count)
+                    continue
+                yield answer
                 if waiting:
                     worker.give(waiting.pop())
                 else:
-                    busy -= 1
                     worker.dismiss()
             pool = [worker for worker in pool if worker.job is not None]
     finally:
@@ -81,30 +101,50 @@ def build_all(jobs: Sequence[Job], workers: int) -> Iterator[Built]:
             worker.kill()
 
 
-def run(job: Job) -> Built:
+def run(job: Job, told: Told) -> Outcome:
     """Build one ztoc in this process.
 
     Raises Integrity when the layer's bytes are not what its digest, or its DiffID, says.
     """
-    with ContainerdClient(job.address, job.namespace) as client:
+    digest = job.layer.digest
+    with job.place.open() as content:
         try:
             built = build_ztoc(
-                client.content.read(job.layer),
+                _counted(content.read(job.layer), digest, told),
                 compression=job.compression,
                 span_size=job.span_size,
                 build_tool=job.build_tool,
-                expected=job.layer,
+                expected=digest,
             )
+        except Unsupported as error:
+            return Refused(digest, str(error).removeprefix(f"layer {digest}: "))
         except SociError as error:
-            if job.layer in str(error):
+            if digest in str(error):
                 raise
-            raise type(error)(f"layer {job.layer}: {error}") from None
+            raise type(error)(f"layer {digest}: {error}") from None
     if built.diff_id != job.diff_id:
         raise Integrity(
-            f"layer {job.layer}: its tar's digest is {built.diff_id}, the image config says {job.diff_id}"
+            f"layer {digest}: its tar's digest is {built.diff_id}, the image config says {job.diff_id}"
         )
     job.output.write_bytes(built.data)
-    return Built(job.layer, built.digest, len(built.data), job.output)
+    return Built(digest, built.digest, len(built.data), job.output)
+
+
+def _counted(pieces: Iterator[bytes], layer: Digest, told: Told) -> Iterator[bytes]:
+    untold = 0
+    for piece in pieces:
+        yield piece
+        untold += len(piece)
+        if untold >= _TELL_EVERY:
+            told(layer, untold)
+            untold = 0
+    told(layer, untold)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    layer: Digest
+    count: int
 
 
 class _Worker:
@@ -129,19 +169,19 @@ class _Worker:
         self.job = job
         self.connection.send(job)
 
-    def take(self) -> Built:
+    def take(self) -> Outcome | _Read:
         try:
             answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
-            layer = self.job.layer if self.job else "?"
+            layer = self.job.layer.digest if self.job else "?"
             raise Remote(
                 f"layer {layer}: the process indexing it ended (exit {self.process.exitcode}); "
                 f"check the kernel's log for want of memory"
             ) from None
         if isinstance(answer, BaseException):
             raise answer
-        if not isinstance(answer, Built):
+        if not isinstance(answer, (Built, Refused, _Read)):
             raise TypeError(f"worker answered {type(answer).__name__}")
         return answer
 
@@ -164,11 +204,11 @@ def _serve(connection: Connection) -> None:
             job = connection.recv()
         except EOFError:
             return
-        answer: Built | Exception
+        answer: Outcome | Exception
         try:
-            answer = run(job)
+            answer = run(job, lambda layer, count: connection.send(_Read(layer, count)))
         except SociError as error:
             answer = error
         except Exception as error:  # a bug: its name must reach the parent, which would wait for ever
-            answer = RuntimeError(f"layer {job.layer}: {type(error).__name__}: {error}")
+            answer = RuntimeError(f"layer {job.layer.digest}: {type(error).__name__}: {error}")
         connection.send(answer)

@@ -1,7 +1,7 @@
 """Blobs by digest in a directory, laid out as an OCI image layout's:
 
     <root>/blobs/sha256/<hex>     one immutable file per blob, 0444
-    <root>/ingest/                files being written; emptied when the store is opened
+    <root>/ingest/                files being written, locked by who writes them
 
 A blob's file appears under its name complete and flushed, or not at all. What a disk did to it later is found
 out when it is read: `get` always checks the digest.
@@ -10,6 +10,7 @@ out when it is read: `get` always checks the digest.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import stat
@@ -26,9 +27,10 @@ _PIECE = 1 << 20
 
 
 class ContentStore:
-    """Content-addressed files under `root`. Safe for threads; one process may write at a time."""
+    """Content-addressed files under `root`. Safe for threads and for several processes."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self._blobs = root / "blobs"
         self._ingest = root / "ingest"
         for directory in (self._blobs / "sha256", self._ingest):
@@ -113,21 +115,44 @@ class ContentStore:
         return [Digest("sha256:" + name) for name in names if len(name) == 64]
 
     def sweep(self) -> int:
-        """Remove what interrupted writers left; only while nobody writes. Returns the number of files."""
+        """Remove what interrupted writers left, of whatever process. Returns the number of files."""
         leftovers = [entry for entry in self._ingest.iterdir() if stat.S_ISREG(entry.lstat().st_mode)]
-        for entry in leftovers:
-            entry.unlink(missing_ok=True)
-        return len(leftovers)
+        return sum(_remove_abandoned(entry) for entry in leftovers)
 
     @contextlib.contextmanager
     def _ingesting(self) -> Iterator[tuple[int, str]]:
-        descriptor, temporary = tempfile.mkstemp(dir=self._ingest)
+        descriptor, temporary = _locked_file(self._ingest)
         try:
             yield descriptor, temporary
         finally:
             os.close(descriptor)
             with contextlib.suppress(FileNotFoundError):  # renamed: the good case
                 os.unlink(temporary)
+
+
+def _locked_file(directory: Path) -> tuple[int, str]:
+    """A new file that `sweep` leaves alone while this process has it open: it holds the file's lock (flock(2))."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=directory)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, name
+        os.close(descriptor)  # swept between its creation and its lock
+
+
+def _remove_abandoned(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False  # somebody is writing it
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _write_all(descriptor: int, chunk: Buffer) -> None:
