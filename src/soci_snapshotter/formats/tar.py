@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import re
 import struct
-import zlib
 from datetime import datetime, timedelta
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
+from zlib import adler32
 
 from soci_snapshotter.errors import Integrity, Unsupported
 from soci_snapshotter.formats.toc import BLOCK, MAX_ENTRIES, Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MAX_SPECIAL: Final = 1 << 20
 """Bytes of a PAX header or GNU long name: what archive/tar accepts, and far beyond PATH_MAX."""
 
 _MAX_CACHE: Final = 1 << 16
 """A hostile tar may repeat nothing; its caches must not grow with it."""
+
+BATCH: Final = 1 << 14
+"""Entries: some 10 MB of memory, after which they may be put elsewhere."""
 
 _V = TypeVar("_V")
 _ZERO: Final = bytes(BLOCK)
@@ -33,7 +39,7 @@ _400_YEARS: Final = 146097 * 86400
 
 # name, owner (mode, uid, gid), size, mtime, checksum, type, linkname, magic and version, extension (uname,
 # gname, devmajor, devminor), prefix (131 bytes of it in star, all 155 in ustar), star's trailer
-_HEADER: Final = struct.Struct("100s24s12s12s8sc100s8s80s131s24s8x4s").unpack
+_HEADER: Final = struct.Struct("100s24s12s12s8sc100s8s80s131s24s8x4s").unpack_from
 _INTEGER: Final = re.compile(rb"[+-]?[0-9]+")
 _TIME: Final = re.compile(rb"([+-]?[0-9]+)(?:\.([0-9]*))?")
 
@@ -47,13 +53,18 @@ _TYPES: Final = {
     b"6": "fifo",
 }
 _PAX, _LONG_NAME, _LONG_LINK = b"x", b"L", b"K"
+_SPECIAL: Final = (_PAX, _LONG_NAME, _LONG_LINK)
 
 
 class TarParser:
     """One tar. `feed` it, then `finish`. Sizes and offsets in bytes of the uncompressed tar."""
 
-    def __init__(self) -> None:
+    def __init__(self, put_aside: Callable[[list[Entry]], None] | None = None) -> None:
+        """`put_aside`: takes every BATCH entries, which `finish` then does not return."""
         self._entries: list[Entry] = []
+        self._put_aside = put_aside
+        self._count = 0  # of entries, those put aside too
+        self._last = b""  # the last one's name
         self._base = 0  # offset in the tar of the next chunk's first byte
         self._next = 0  # offset in the tar of the next header or special file
         self._pending = bytearray()  # the part of it that is there
@@ -66,6 +77,7 @@ class TarParser:
         self._records: dict[bytes, bytes] = {}
         self._long_name = self._long_link = b""
         # What repeats from header to header, by its bytes: parsed once, and one object for all entries.
+        self._sums: dict[bytes, int] = {}
         self._owners: dict[bytes, tuple[int, int, int]] = {}
         self._extensions: dict[bytes, tuple[bytes, bytes, int, int]] = {}
         self._times: dict[bytes, str] = {}
@@ -80,29 +92,32 @@ class TarParser:
         """Bytes fed so far."""
         return self._base
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | memoryview) -> None:
         """The tar's next bytes. Integrity if it is no tar, Unsupported for an entry that no index can
         describe.
         """
-        base = self._base
-        self._base += len(chunk)
+        base, size, pending = self._base, len(chunk), self._pending
+        self._base += size
         while self._end < 0:
-            held = len(self._pending)
-            start = self._next + held - base
+            start = self._next + len(pending) - base
             stop = self._next + self._want - base
-            if stop > len(chunk):
-                if start < len(chunk):
-                    self._pending += chunk[start:]
+            if stop > size:
+                if start < size:
+                    pending += chunk[start:]
                 return
-            block = chunk[start:stop]
-            if held:
-                block = bytes(self._pending) + block
-                self._pending.clear()
+            block = chunk
+            if pending:
+                block, start = bytes(pending) + chunk[start:stop], 0
+                pending.clear()
             self._next += self._want
             try:
-                self._take(block)
+                if self._special:
+                    self._take_special(bytes(block[start : start + self._special_size]))
+                # What has a name is no zero block, and its header is the most frequent case by far.
+                elif (block[start] and not self._zero) or not self._take_zero(block, start):
+                    self._take_header(block, start)
             except Integrity as e:
-                raise Integrity(f"tar: at byte {self._next - len(block)}{self._whereabouts()}: {e}") from None
+                raise Integrity(f"tar: at byte {stop + base - BLOCK}{self._whereabouts()}: {e}") from None
 
     def finish(self) -> tuple[list[Entry], int]:
         """The entries, and how many bytes were read until the end was recognised. Integrity if the tar is
@@ -117,37 +132,43 @@ class TarParser:
         return self._entries, self._end
 
     def _whereabouts(self) -> str:
-        return f", after entry {self._entries[-1].name!r:.120}" if self._entries else ""
+        return f", after entry {self._last!r:.120}" if self._count else ""
 
-    def _take(self, block: bytes) -> None:
-        if self._special:
-            data = block[: self._special_size]
-            if self._special == _PAX:
-                self._records = parse_records(data)
-            elif self._special == _LONG_NAME:
-                self._long_name = _until_nul(data)
-            else:
-                self._long_link = _until_nul(data)
-            self._special, self._want = b"", BLOCK
-        elif block == _ZERO:
-            if self._zero:
-                self._end = self._next
-            self._zero = True
-        elif self._zero:
-            raise Integrity("a zero block is followed by something else")
+    def _take_special(self, data: bytes) -> None:
+        if self._special == _PAX:
+            self._records = parse_records(data)
+        elif self._special == _LONG_NAME:
+            self._long_name = _until_nul(data)
         else:
-            self._take_header(block)
+            self._long_link = _until_nul(data)
+        self._special, self._want = b"", BLOCK
 
-    def _take_header(self, block: bytes) -> None:
-        name, owner, size, mtime, checksum, flag, link, magic, extension, *prefixes = _HEADER(block)
-        _check(block, checksum)
-        name = _until_nul(name)
+    def _take_zero(self, block: bytes | memoryview, at: int) -> bool:
+        """Whether it is a zero block, of which the second is the tar's end."""
+        if block[at : at + BLOCK] != _ZERO:
+            if self._zero:
+                raise Integrity("a zero block is followed by something else")
+            return False
+        if self._zero:
+            self._end = self._next
+        self._zero = True
+        return True
+
+    def _take_header(self, block: bytes | memoryview, at: int) -> None:
+        name, owner, size, mtime, checksum, flag, link, magic, extension, *prefixes = _HEADER(block, at)
+        # Adler-32's low half is 1 + the sum modulo 65521, which 256 bytes cannot reach: ten times faster than
+        # sum().
+        middle, total = at + 256, self._sums.get(checksum) or self._sum(checksum)
+        low = (adler32(block[at:middle]) & 0xFFFF) + (adler32(block[middle : at + BLOCK]) & 0xFFFF)
+        if low != total:
+            _check_signed(bytes(block[at : at + BLOCK]), checksum)
         length = parse_number(size, "size")
-        if flag in (_PAX, _LONG_NAME, _LONG_LINK):
+        if flag in _SPECIAL:
             if not 0 <= length <= MAX_SPECIAL:
                 raise Integrity(f"a PAX header or long name of {length} bytes, not within 0..{MAX_SPECIAL}")
             self._special, self._special_size, self._want = flag, length, (length + BLOCK - 1) & -BLOCK
             return
+        name = name[:end] if (end := name.find(0)) >= 0 else name
         mode, uid, gid = self._owners.get(owner) or self._owner(owner)
         user = group = b""
         major = minor = 0
@@ -156,12 +177,15 @@ class TarParser:
             if prefixes[0][0] and not magic[5]:
                 prefix, more, trailer = prefixes
                 name = _until_nul(prefix if trailer == b"tar\0" else prefix + more) + b"/" + name
-        when = self._times.get(mtime) or self._time(mtime, parse_number(mtime, "mtime") * 1_000_000_000)
+        when = self._times.get(mtime)
+        seconds = 0 if when else parse_number(mtime, "mtime")  # refused here even if a record overrides it
         link = _until_nul(link) if link[0] else b""
         records: tuple[tuple[bytes, bytes], ...] = ()
         if self._records:
             get = self._records.get
-            records = tuple(sorted(self._records.items()))
+            records = tuple(
+                sorted(self._records.items()) if len(self._records) > 1 else self._records.items()
+            )
             self._records = {}
             name, link = get(b"path") or name, get(b"linkpath") or link
             user, group = get(b"uname") or user, get(b"gname") or group
@@ -171,12 +195,21 @@ class TarParser:
             if text := get(b"mtime"):
                 key = b"the PAX record " + text  # longer than a header's field
                 when = self._times.get(key) or self._time(key, parse_time(text))
+        if when is None:
+            when = self._time(mtime, seconds * 1_000_000_000)
         if self._long_name or self._long_link:
             name, link = self._long_name or name, self._long_link or link
             self._long_name = self._long_link = b""
         kind = _TYPES.get(flag) or _unusual(flag, name)
         row = (name, kind, self._next, length, link, mode, uid, gid, user, group, when, major, minor, records)
         self._append(tuple.__new__(Entry, row))
+
+    def _sum(self, field: bytes) -> int:
+        """What the low halves of a header's two Adler-32 add up to when `field` is its checksum: the sum of
+        its bytes, this field taken as spaces, and twice 1.
+        """
+        value = parse_number(field, "checksum") + sum(field) - len(field) * 32 + 2
+        return _remember(self._sums, field, value)
 
     def _owner(self, field: bytes) -> tuple[int, int, int]:
         uid, gid = parse_number(field[8:16], "uid"), parse_number(field[16:], "gid")
@@ -194,15 +227,21 @@ class TarParser:
     def _append(self, entry: Entry) -> None:
         if entry.size < 0:
             raise Integrity(f"entry {entry.name!r:.120}: size is {entry.size}")
-        if entry.records and any(key.startswith(b"GNU.sparse.") for key, _ in entry.records):
-            raise Unsupported(
-                f"tar: entry {entry.name!r:.120} is a PAX sparse file, which no index can describe"
-            )
-        if len(self._entries) >= MAX_ENTRIES:
+        for key, _ in entry.records:
+            if key.startswith(b"GNU.sparse."):
+                raise Unsupported(
+                    f"tar: entry {entry.name!r:.120} is a PAX sparse file, which no index can describe"
+                )
+        if self._count >= MAX_ENTRIES:
             raise Unsupported(f"tar: more than {MAX_ENTRIES} entries")
         self._data_end = self._next + (entry.size if entry.type == "reg" else 0)
         self._next = (self._data_end + BLOCK - 1) & -BLOCK
+        self._count += 1
+        self._last = entry.name
         self._entries.append(entry)
+        if self._put_aside and len(self._entries) >= BATCH:
+            self._put_aside(self._entries)
+            self._entries = []
 
 
 def _remember(cache: dict[bytes, _V], key: bytes, value: _V) -> _V:
@@ -227,23 +266,23 @@ def _unusual(flag: bytes, name: bytes) -> str:
     raise Unsupported(f"tar: entry {name!r:.120} is {what}, which no index can describe")
 
 
-def _check(block: bytes, checksum: bytes) -> None:
-    """The header's sum of bytes, its own field taken as spaces; some old writers summed signed bytes.
-
-    Adler-32's low half is 1 + the sum modulo 65521, which 256 bytes cannot reach: ten times faster than
-    sum().
-    """
+def _check_signed(block: bytes, checksum: bytes) -> None:
+    """A header whose bytes do not add up: some old writers summed signed ones."""
     expected = parse_number(checksum, "checksum")
-    total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
-    total += 8 * 32 - (zlib.adler32(checksum) & 0xFFFF) + 1
-    if total != expected:
-        rest = block[:148] + block[156:]
-        if total - 256 * sum(byte > 127 for byte in rest) != expected:
-            raise Integrity(f"the header's checksum is {expected}, but its bytes make {total}")
+    rest = block[:148] + block[156:]
+    total = sum(rest) + 8 * 32
+    if total - 256 * sum(byte > 127 for byte in rest) != expected:
+        raise Integrity(f"the header's checksum is {expected}, but its bytes make {total}")
 
 
 def parse_number(field: bytes, name: str) -> int:
     """A header's number: base 256 if the top bit is set (then bit 6 is the sign), else octal; empty is 0."""
+    digits = field[:-1]
+    if not field[-1] and digits.isdigit():  # as nearly everyone writes it
+        try:
+            return int(digits, 8)
+        except ValueError:  # to be refused below
+            pass
     if field[0] & 0x80:
         value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
         if field[0] & 0x40:
@@ -252,13 +291,11 @@ def parse_number(field: bytes, name: str) -> int:
             raise Integrity(f"{name} does not fit into 64 bits")
         return value
     digits = _until_nul(field.strip(b" \0"))
-    try:
-        return int(digits, 8) if digits.isdigit() else _no_digits(digits, name)
-    except ValueError:
-        return _no_digits(digits, name)
-
-
-def _no_digits(digits: bytes, name: str) -> int:
+    if digits.isdigit():
+        try:
+            return int(digits, 8)
+        except ValueError:  # 8 or 9
+            pass
     if digits:
         raise Integrity(f"{name} is {digits!r}, not octal")
     return 0
@@ -299,8 +336,8 @@ def parse_time(text: bytes) -> int:
     match = _TIME.fullmatch(text)
     if match is None:
         raise Integrity(f"the PAX record mtime is {text!r:.80}, not a time")
-    seconds = _int64(match[1], "mtime")
-    fraction = int((match[2] or b"")[:9].ljust(9, b"0"))
+    seconds = int(match[1]) if len(match[1]) < 19 else _int64(match[1], "mtime")
+    fraction = int((match[2] or b"0")[:9].ljust(9, b"0"))
     return seconds * 1_000_000_000 + (-fraction if text.startswith(b"-") else fraction)
 
 
