@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ..errors import Invalid
+from ..errors import Invalid, Unsupported
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor, Index, Platform
 from ..index.create import (
@@ -128,6 +128,7 @@ class Session:
     def __init__(self, flags: BuildFlags, scratch: Path, meter: Meter) -> None:
         self._flags = flags
         self._options = flags.options()
+        self._wanted = flags.wanted()
         self._scratch = scratch
         self._meter = meter
         self._tasks: dict[Digest, Task] = {}
@@ -163,16 +164,15 @@ class Session:
 
         With several platforms one may have nothing to index; only if none has anything, that is an error.
         """
-        wanted = self._flags.wanted()
         implied = not self._flags.platforms
-        images = images_of(content, root, name, wanted, implied=implied)
+        images = images_of(content, root, name, self._wanted, implied=implied)
         indexed, refused = [], []
         for image in images:
             for layer in image.manifest.layers:
                 self._tasks.setdefault(layer.digest, self._meter.task(layer.digest.hex[:_SHORT], layer.size))
             try:
                 done = index_image(place, content, image, self._options, self._scratch, self._hooks())
-            except Invalid as error:
+            except (Invalid, Unsupported) as error:
                 refused.append(error)
                 continue
             for skipped in done.skipped:

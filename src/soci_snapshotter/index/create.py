@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import Invalid, NotFound
+from ..errors import Invalid, NotFound, SociError, Unsupported
 from ..formats import oci, sociindex
 from ..formats import ztoc as ztocs
 from ..formats.digest import Digest
@@ -66,6 +66,9 @@ class Skipped:
     why: str
     odd: bool = False
 
+    def __str__(self) -> str:
+        return f"layer {self.layer.digest}: {self.why}" if self.odd else self.why
+
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
@@ -97,7 +100,7 @@ def why_skipped(layer: Descriptor, min_layer_size: int) -> Skipped | None:
     if compression not in _COMPRESSIONS:
         return Skipped(layer, f"{compression} is not indexed yet", odd=True)
     if layer.size < min_layer_size:
-        return Skipped(layer, f"size {layer.size} is less than min-layer-size {min_layer_size}")
+        return Skipped(layer, f"smaller than --min-layer-size {min_layer_size}")
     return None
 
 
@@ -111,7 +114,7 @@ def index_image(
 ) -> Indexed:
     """Build the ztocs of one image into the directory `scratch`.
 
-    A layer that no ztoc can describe is skipped, and said so. Raises Invalid when no layer is left to index,
+    A layer that no ztoc can describe is skipped, and said so. Raises Invalid or Unsupported when no layer is left,
     NotFound when one is not there, Integrity when one is damaged.
     """
     layers = image.manifest.layers
@@ -120,7 +123,7 @@ def index_image(
     }
     wanted = [position for position in range(len(layers)) if position not in skipped]
     if not wanted:
-        raise Invalid(nothing_to_index(image, list(skipped.values())))
+        raise nothing_to_index(image, list(skipped.values()))
     files: dict[Digest, Path] = {}
     built = _known(image, wanted, options, scratch, hooks)
     missing = [position for position in wanted if layers[position].digest not in built]
@@ -140,14 +143,15 @@ def index_image(
             described.append(_describe(layers[position], outcome, options))
             files[outcome.digest] = outcome.output
     if not described:
-        raise Invalid(nothing_to_index(image, list(skipped.values())))
+        raise nothing_to_index(image, list(skipped.values()))
     return Indexed(image, tuple(described), files, tuple(skip for _, skip in sorted(skipped.items())))
 
 
-def nothing_to_index(image: LocalImage, skipped: Sequence[Skipped]) -> str:
-    """The message when an image gets no index."""
-    reasons = ", ".join(sorted({skip.why for skip in skipped})) or "it has no layers"
-    return f"image {image.name} ({image.platform}): no layer to index: {reasons}"
+def nothing_to_index(image: LocalImage, skipped: Sequence[Skipped]) -> SociError:
+    """The error when an image gets no index: Unsupported if no layer could have a ztoc, else Invalid."""
+    reasons = ", ".join(sorted({str(skip) for skip in skipped})) or "it has no layers"
+    text = f"image {image.name} ({image.platform}): no layer to index: {reasons}"
+    return Unsupported(text) if skipped and all(skip.odd for skip in skipped) else Invalid(text)
 
 
 def soci_index(indexed: Indexed, build_tool: str, *, version: int) -> tuple[Blob, ...]:
