@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import struct
@@ -21,7 +20,7 @@ from soci_snapshotter.formats.elf import Elf, ReadAt
 
 def reader(data: bytes) -> ReadAt:
     def read(offset: int, size: int) -> bytes:
-        assert offset >= 0 and 0 <= size <= 1 << 20, "no read is larger than what the parser is bound to"
+        assert 0 <= offset < 2**63 and 0 <= size <= 1 << 20, "every read is one that a file can answer"
         return data[offset : offset + size]
 
     return read
@@ -32,10 +31,8 @@ def made(
 ) -> bytes:
     """A small ELF file: headers, an interpreter, a dynamic section and its strings, mapped 4096 up."""
     strings = b"\0libc.so.6\0libm.so.6\0me.so\0" + runpath + b"\0/old\0"
-    where = {
-        text: strings.index(b"\0" + text + b"\0") + 1
-        for text in (b"libc.so.6", b"libm.so.6", b"me.so", runpath, b"/old")
-    }
+    names = (b"libc.so.6", b"libm.so.6", b"me.so", runpath, b"/old")
+    where = {text: strings.index(b"\0" + text + b"\0") + 1 for text in names}
     ehdr, phdr, pair = ("HHIQQQIHHHHHH", 56, "qQ") if bits == 64 else ("HHIIIIIHHHHHH", 32, "iI")
     head = 16 + struct.calcsize(order + ehdr)
     at_interpreter = head + 3 * phdr
@@ -89,13 +86,9 @@ def test_real_files_as_readelf_sees_them() -> None:
     """Interpreter, needed libraries, soname and runpath of real files equal what binutils prints."""
     for path in programs():
         found = elf.parse(reader(path.read_bytes()))
-        text = subprocess.run(
-            ["readelf", "-W", "-l", "-d", path],
-            check=True,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "LC_ALL": "C"},
-        ).stdout
+        command = ["readelf", "-W", "-l", "-d", path]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={"LC_ALL": "C"})
+        text = done.stdout
         assert [name.decode() for name in found.needed] == re.findall(r"\(NEEDED\).*\[(.*)\]", text), path
         for field, value in [("SONAME", found.soname), ("RPATH", found.rpath), ("RUNPATH", found.runpath)]:
             assert re.findall(rf"\({field}\).*\[(.*)\]", text) == ([value.decode()] if value else []), path
