@@ -52,7 +52,18 @@ Exit codes:
 class _Commands(click.Group):
     """One module per command, imported when it is used: `create` needs no HTTP, say."""
 
-    names = ("create", "convert", "pull", "push", "completion", "doctor")
+    names = (
+        "create",
+        "convert",
+        "pull",
+        "push",
+        "completion",
+        "doctor",
+        "index",
+        "ztoc",
+        "prefetch",
+        "rebuild-db",
+    )
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """For --help."""
@@ -60,12 +71,13 @@ class _Commands(click.Group):
         return list(self.names)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The module's `<name>_command`."""
+        """The module's `<name>_command`; a dash in the name is an underscore there."""
         del ctx
         if cmd_name not in self.names:
             return None
-        module = importlib.import_module(f"{__package__}.{cmd_name}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        name = cmd_name.replace("-", "_")
+        module = importlib.import_module(f"{__package__}.{name}")
+        command: click.Command = getattr(module, f"{name}_command")
         return command
 
 

@@ -20,6 +20,9 @@ from .holdings import Blobs
 
 _log = logging.getLogger(__name__)
 
+ZTOC_LIMIT = 512 << 20
+"""Bytes, as for the daemon (layers.lazy): 16,000 checkpoints of 32 KiB, a 64 GiB layer at the default span size."""
+
 _VERSIONS = {INDEX_V1: "v1", INDEX_V2: "v2"}
 
 
@@ -45,7 +48,7 @@ class ListedIndex:
 class ListedBlob:
     """A ztoc or prefetch artifact that is there; `size` and `span_size` in bytes, the latter 0 if unknown.
 
-    `index` and `created_ns` are those of the newest index that names it.
+    `index`, its `image` manifest and `created_ns` are those of the newest index that names it.
     """
 
     digest: Digest
@@ -53,6 +56,7 @@ class ListedBlob:
     layer_digest: Digest
     span_size: int
     index: Digest
+    image: Digest
     created_ns: int
     store: str
 
@@ -97,7 +101,7 @@ class Catalog:
             data = self.read(digest, oci.MANIFEST_LIMIT)
             return data, sociindex.decode(data)
         except Integrity:
-            self._refuse(digest, "index")
+            self.expect(digest, "index")
             raise
 
     def read(self, digest: Digest, limit: int) -> bytes:
@@ -116,13 +120,29 @@ class Catalog:
         """
         records = [record for record in self._records() if record.digest == digest]
         if not records:
-            self._refuse(digest, "index")
+            self.expect(digest, "index")
             raise NotFound(f"{digest}: no such SOCI index in {self._where()}; see: soci index list")
         for record in records:
             store = self._stores[record.store]
             store.remove(digest, record.image_digest, self._blobs_of(store, digest))
             self._artifacts.remove(digest, record.store, record.namespace)
         return [ListedIndex(record, (record.store,)) for record in records]
+
+    def expect(self, digest: Digest, kind: str) -> None:
+        """Raise Invalid that says what `digest` is, if it is here and not a `kind`: index, ztoc, prefetch artifact."""
+        listed = self.indexes()
+        kinds = {
+            "index": ([one.digest for one in listed], "a SOCI index", "soci index info"),
+            "ztoc": ([one.digest for one in self.ztocs(listed)], "a ztoc", "soci ztoc info"),
+            "prefetch artifact": (
+                [one.digest for one in self.prefetches(listed)],
+                "a prefetch artifact",
+                "soci prefetch info",
+            ),
+        }
+        for other, (members, name, command) in kinds.items():
+            if other != kind and digest in members:
+                raise Invalid(f"{digest} is {name}, no {kind}; see: {command}")
 
     def _records(self) -> list[IndexRecord]:
         return [
@@ -165,6 +185,7 @@ class Catalog:
                             layer_digest=layer,
                             span_size=_number(blob.annotations.get(SPAN_SIZE, "")),
                             index=listed.digest,
+                            image=listed.record.image_digest,
                             created_ns=listed.record.created_ns,
                             store=name,
                         )
@@ -176,27 +197,11 @@ class Catalog:
         for blob in blobs:
             if blob.digest == digest:
                 return blob
-        self._refuse(digest, kind)
+        self.expect(digest, kind)
         raise NotFound(
             f"{digest}: no SOCI index in {self._where()} names such a {kind}; if one was pulled or its record "
             f"lost, run: soci rebuild-db"
         )
-
-    def _refuse(self, digest: Digest, kind: str) -> None:
-        """Raise Invalid that says what `digest` is, if it is a thing of another kind."""
-        listed = self.indexes()
-        kinds = {
-            "index": ([one.digest for one in listed], "a SOCI index", "soci index info"),
-            "ztoc": ([one.digest for one in self.ztocs(listed)], "a ztoc", "soci ztoc info"),
-            "prefetch artifact": (
-                [one.digest for one in self.prefetches(listed)],
-                "a prefetch artifact",
-                "soci prefetch info",
-            ),
-        }
-        for other, (members, name, command) in kinds.items():
-            if other != kind and digest in members:
-                raise Invalid(f"{digest} is {name}, no {kind}; see: {command}")
 
     def _where(self) -> str:
         return f"{' or '.join(self._stores)} (namespace {self._namespace})"
