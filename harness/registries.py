@@ -34,7 +34,7 @@ class RunningRegistry:
 @contextlib.contextmanager
 def start_registry(root: Path) -> Iterator[RunningRegistry]:
     """docker-registry (no referrers API), its storage under `root`."""
-    port = _free_port()
+    port = free_port()
     root.mkdir(parents=True, exist_ok=True)
     config = root / "config.yml"
     config.write_text(
@@ -42,7 +42,7 @@ def start_registry(root: Path) -> Iterator[RunningRegistry]:
         f"storage: {{filesystem: {{rootdirectory: {root / 'data'}}}, delete: {{enabled: true}}}}\n"
         f"http: {{addr: '127.0.0.1:{port}'}}\n"
     )
-    with _running(["docker-registry", "serve", str(config)], port, root / "log"):
+    with running(["docker-registry", "serve", str(config)], port, root / "log"):
         yield RunningRegistry(port)
 
 
@@ -50,19 +50,21 @@ def start_registry(root: Path) -> Iterator[RunningRegistry]:
 def start_oci_registry(root: Path) -> Iterator[RunningRegistry]:
     """The Go registry with the referrers API; blobs on disk under `root`."""
     binary = build_go("ociregistry")
-    port = _free_port()
+    port = free_port()
     (root / "blobs").mkdir(parents=True, exist_ok=True)
-    with _running([str(binary), f"127.0.0.1:{port}", str(root / "blobs")], port, root / "log"):
+    with running([str(binary), f"127.0.0.1:{port}", str(root / "blobs")], port, root / "log"):
         yield RunningRegistry(port)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on loopback that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager
-def _running(command: list[str], port: int, log: Path) -> Iterator[None]:
+def running(command: list[str], port: int, log: Path) -> Iterator[None]:
+    """A server process that listens on `port`, from then until the block is left."""
     environment = {**os.environ, "OTEL_TRACES_EXPORTER": "none"}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)

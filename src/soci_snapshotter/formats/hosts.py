@@ -181,7 +181,7 @@ class _Reader:
         full = url if url.startswith(("http://", "https://")) else f"https://{url}"
         try:
             parts = urlsplit(full)
-            usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+            usable = bool(parts.hostname) and parts.port != 0 and not parts.netloc.endswith(":")
         except ValueError:
             usable = False
         if not usable or not _URL.fullmatch(full) or parts.query or parts.fragment:

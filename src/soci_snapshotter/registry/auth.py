@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 from urllib.parse import urlencode, urlsplit
 
@@ -195,7 +195,7 @@ class Authenticator:
         service = urlsplit(realm).netloc
         wanted = {
             "service": challenge.params.get("service", ""),
-            "scope": challenge.params.get("scope") or str(scope),
+            "scope": _asked(challenge.params.get("scope", ""), scope),
         }
         asked = Subject(service, scope.repository, "token")
         pair = self._credentials(scope.host) if known and self._credentials else None
@@ -217,6 +217,13 @@ class Authenticator:
         if len(token) > _TOKEN_LIMIT or not _TOKEN.fullmatch(token):
             raise Remote(f"{subject}: {service} sent an unusable token; check the token service")
         return "Bearer " + token, max(answer.expires_in, _DEFAULT_LIFE) - _LEEWAY
+
+
+def _asked(challenged: str, scope: Scope) -> str:
+    """The scope to ask for: the challenge's, but with the actions that the next requests will need anyway."""
+    if not challenged or challenged == str(replace(scope, actions="pull")):
+        return str(scope)
+    return challenged
 
 
 def _may_know_credentials(url: str, realm: str, subject: Subject) -> bool:

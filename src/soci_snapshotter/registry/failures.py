@@ -44,6 +44,7 @@ def refused(subject: Subject, status: int, body: bytes = b"") -> SociError:
     if status == 404:
         return NotFound(f"{subject}: {said}; check the name, tag or digest, and that it was pushed there")
     check = {
+        400: "check the registry, and whether it wants https or a client certificate",
         401: f"check the user name and password for {subject.host}",
         403: f"check that the account may access {subject.repository}, and that its token has not expired",
         413: "the registry, or a proxy before it, takes no upload of this size; check its limits",

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -40,15 +40,19 @@ def shown_url(url: str) -> str:
     """The URL with the values of its query left out but for those known to be no secret; no user, no fragment."""
     try:
         parts = urlsplit(url)
-        netloc = parts.netloc.rpartition("@")[2]
-        pairs = parse_qsl(parts.query, keep_blank_values=True)
     except ValueError:
         return _HIDDEN
-    query = "&".join(f"{key[:80]}={value if key in _QUERY else _HIDDEN}" for key, value in pairs)
-    if parts.query and not pairs:
-        query = _HIDDEN
+    netloc = parts.netloc.rpartition("@")[2]
+    query = "&".join(_shown_pair(pair) for pair in parts.query.split("&") if pair)
     base = f"{parts.scheme}://{netloc}{parts.path}" if parts.netloc else parts.path
     return _printable(base + ("?" + query if query else ""))
+
+
+def _shown_pair(pair: str) -> str:
+    key, equals, value = pair.partition("=")
+    if not equals:
+        return _HIDDEN  # perhaps all value and no key
+    return f"{key[:80]}={unquote(value) if key in _QUERY else _HIDDEN}"
 
 
 def shown_field(name: str, value: str) -> str:
