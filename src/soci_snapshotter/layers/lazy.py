@@ -5,30 +5,36 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from soci_snapshotter.errors import Remote, SociError
+from soci_snapshotter.errors import SociError
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference as references
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
+from soci_snapshotter.layers import ztocs
 from soci_snapshotter.layers.openlayer import LayerKey
 from soci_snapshotter.layers.openlayers import OpenLayers
-from soci_snapshotter.layers.resolve import IndexResolver, with_size
+from soci_snapshotter.layers.resolve import IndexResolver
 from soci_snapshotter.layers.turns import Turns
-from soci_snapshotter.policy.lazy import Declined, LazyLayer, LazyLower, LazyRequest, LocalLower, Usage
+from soci_snapshotter.policy.lazy import (
+    Declined,
+    LazyLayer,
+    LazyLower,
+    LazyRequest,
+    LocalLower,
+    Usage,
+    ztoc_of,
+)
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.store.content import ContentStore
 
 _log = logging.getLogger(__name__)
 
-ZTOC_LIMIT = 512 << 20  # 16,000 checkpoints of 32 KiB: a 64 GiB layer at the default span size
 SIZE_LABEL = "containerd.io/snapshot/remote/soci.size"
 _DIGITS = 20  # beyond 64 bits it is no size
-_ZTOC_TRIES = 3  # connections break; each request has its own retries below this
 SYNC_SECONDS = 30.0
 SYNC_BYTES = 64 << 20  # how much a power loss may cost: fetched again, never wrong (HOUSE.md, Durability)
 _LOOK_SECONDS = 1.0
@@ -53,12 +59,10 @@ class Lazy:
         manifest = digests.parse(request.manifest_digest)
         explicit = digests.parse(request.index_digest) if request.index_digest else None
         index = self._resolver.index_for(reference, manifest, explicit)
-        if index is None:
-            return Declined("no valid SOCI index found")
-        ztoc = index.ztoc_for(layer)
-        if ztoc is None:
-            return Declined(f"the SOCI index has no ztoc for layer {layer}")
-        self._fetch_ztoc(reference, with_size(ztoc, ZTOC_LIMIT))
+        ztoc = ztoc_of(index, layer)
+        if isinstance(ztoc, Declined):
+            return ztoc
+        self._fetch_ztoc(reference, ztoc)
         lowers = [self._lower(lower) for lower in request.parent_chain]
         stated = request.labels.get(SIZE_LABEL, "")
         layer_size = (
@@ -91,32 +95,12 @@ class Lazy:
     def _fetch_ztoc(self, reference: Reference, ztoc: Descriptor) -> None:
         with self._turns.turn(ztoc.digest):
             if not self._content.exists(ztoc.digest):
-                self._stream_ztoc(reference, ztoc)
-
-    def _stream_ztoc(self, reference: Reference, ztoc: Descriptor) -> None:
-        """Into the store piece by piece: the size is the pusher's word, and memory is the node's."""
-        deadline = time.monotonic() + self._client.options.request_timeout
-        for left in reversed(range(_ZTOC_TRIES)):
-            try:
-                with self._client.open_blob(reference, ztoc) as pieces:
-                    self._content.put_stream(_until(pieces, deadline, ztoc), ztoc.digest, ztoc.size)
-                return
-            except Remote:
-                if not left or time.monotonic() > deadline:
-                    raise
+                ztocs.fetch(self._client, self._content, reference, ztoc)
 
     def _lower(self, lower: LocalLower | LazyLower) -> Path:
         if isinstance(lower, LocalLower):
             return Path(os.fsdecode(lower.path))
         return self._layers.lowerdir(lower.mount_id)
-
-
-def _until(pieces: Iterable[bytes], deadline: float, ztoc: Descriptor) -> Iterator[bytes]:
-    """`pieces`, until the deadline: a drip of bytes must not hold up a Prepare for ever."""
-    for piece in pieces:
-        if time.monotonic() > deadline:
-            raise Remote(f"ztoc {ztoc.digest}: not here in time; check the registry")
-        yield piece
 
 
 class Syncer:

@@ -10,7 +10,7 @@ from soci_snapshotter.errors import Integrity, NotFound
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci, sociindex
 from soci_snapshotter.formats.digest import Digest
-from soci_snapshotter.formats.oci import Descriptor, Manifest
+from soci_snapshotter.formats.oci import Manifest
 from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.formats.sociindex import SociIndex
 from soci_snapshotter.layers.turns import Turns
@@ -27,6 +27,24 @@ class Image:
     locator: str
     manifest: Digest
     explicit: Digest | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One source that was asked: the index it named, None for none; `count` of them; `dangling`: it is not there."""
+
+    source: Source
+    named: Digest | None = None
+    count: int = 0
+    dangling: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The index, None when no source had one, and the sources in the order they were asked."""
+
+    index: SociIndex | None
+    steps: tuple[Step, ...]
 
 
 class IndexResolver:
@@ -58,37 +76,47 @@ class IndexResolver:
             return found
 
     def _look(self, reference: Reference, image: Image) -> SociIndex | None:
-        for source in sources(image.explicit, v1=self._v1, v2=self._v2):
-            if source is Source.EXPLICIT and image.explicit is not None:
-                return self._fetch(reference, image.explicit)
-            if source is Source.V2:
-                named = self._annotated(reference, image.manifest)
-                if named is not None:
-                    try:
-                        return self._fetch(reference, named)
-                    except NotFound:
-                        return None  # dangling: the image says v2, so v1 is not asked
-            if source is Source.V1:
-                listed = self._client.referrers(reference, image.manifest, sociindex.INDEX_V1)
-                if listed:
-                    return sociindex.decode(self._client.fetch(reference, listed[0], oci.MANIFEST_LIMIT))
-        return None
-
-    def _fetch(self, reference: Reference, digest: Digest) -> SociIndex:
-        described = self._client.resolve(reference.with_digest(digest))
-        return sociindex.decode(self._client.fetch(reference, described, oci.MANIFEST_LIMIT))
-
-    def _annotated(self, reference: Reference, digest: Digest) -> Digest | None:
-        described = self._client.resolve(reference.with_digest(digest))
-        manifest = oci.decode_manifest(self._client.fetch(reference, described, oci.MANIFEST_LIMIT))
-        if not isinstance(manifest, Manifest):
-            raise Integrity(f"{reference}: {digest} is an index, not the manifest of an image")
-        text = manifest.annotations.get(sociindex.INDEX_DIGEST)
-        return digests.parse(text) if text else None
+        return look(self._client, reference, image, v1=self._v1, v2=self._v2).index
 
 
-def with_size(descriptor: Descriptor, limit: int) -> Descriptor:
-    """`descriptor`, refused with Integrity when its size could not be a ztoc's."""
-    if not 0 < descriptor.size <= limit:
-        raise Integrity(f"ztoc {descriptor.digest}: {descriptor.size} bytes; the limit is {limit}")
-    return descriptor
+def look(client: RegistryClient, reference: Reference, image: Image, *, v1: bool, v2: bool) -> Found:
+    """Look for the image's index once, and say how it went. Raises as IndexResolver.index_for."""
+    steps: list[Step] = []
+    index: SociIndex | None = None
+    for source in sources(image.explicit, v1=v1, v2=v2):
+        named = image.explicit
+        if source is Source.V2:
+            named = _annotated(client, reference, image.manifest)
+        elif source is Source.V1:
+            listed = client.referrers(reference, image.manifest, sociindex.INDEX_V1)
+            steps.append(Step(source, listed[0].digest if listed else None, len(listed)))
+            if listed:
+                index = sociindex.decode(client.fetch(reference, listed[0], oci.MANIFEST_LIMIT))
+            break
+        if named is None:
+            steps.append(Step(source))
+            continue
+        try:
+            index = _fetch(client, reference, named)
+        except NotFound:
+            steps.append(Step(source, named, dangling=True))
+            if source is Source.EXPLICIT:
+                raise
+            break  # the image says v2, so v1 is not asked
+        steps.append(Step(source, named, 1))
+        break
+    return Found(index, tuple(steps))
+
+
+def _fetch(client: RegistryClient, reference: Reference, digest: Digest) -> SociIndex:
+    described = client.resolve(reference.with_digest(digest))
+    return sociindex.decode(client.fetch(reference, described, oci.MANIFEST_LIMIT))
+
+
+def _annotated(client: RegistryClient, reference: Reference, digest: Digest) -> Digest | None:
+    described = client.resolve(reference.with_digest(digest))
+    manifest = oci.decode_manifest(client.fetch(reference, described, oci.MANIFEST_LIMIT))
+    if not isinstance(manifest, Manifest):
+        raise Integrity(f"{reference}: {digest} is an index, not the manifest of an image")
+    text = manifest.annotations.get(sociindex.INDEX_DIGEST)
+    return digests.parse(text) if text else None

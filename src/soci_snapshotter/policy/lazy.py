@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from ..formats.digest import Digest
+from ..formats.oci import Descriptor
+from ..formats.sociindex import SociIndex
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -74,3 +78,13 @@ class Declined:
     """No lazy layer, for this ordinary reason (no index, no ztoc for the layer): containerd unpacks it."""
 
     reason: str
+
+
+def ztoc_of(index: SociIndex | None, layer: Digest) -> Descriptor | Declined:
+    """The ztoc that makes `layer` lazy, or why there is none."""
+    if index is None:
+        return Declined("no valid SOCI index found")
+    ztoc = index.ztoc_for(layer)
+    if ztoc is None:
+        return Declined(f"the SOCI index has no ztoc for layer {layer}")
+    return ztoc
