@@ -12,47 +12,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.elf_support import made, reader
 
 from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import elf
-from soci_snapshotter.formats.elf import Elf, ReadAt
-
-
-def reader(data: bytes) -> ReadAt:
-    def read(offset: int, size: int) -> bytes:
-        assert 0 <= offset < 2**63 and 0 <= size <= 1 << 20, "every read is one that a file can answer"
-        return data[offset : offset + size]
-
-    return read
-
-
-def made(
-    bits: int, order: str, *, interpreter: bytes = b"/lib/ld.so.1", runpath: bytes = b"$ORIGIN/../lib"
-) -> bytes:
-    """A small ELF file: headers, an interpreter, a dynamic section and its strings, mapped 4096 up."""
-    strings = b"\0libc.so.6\0libm.so.6\0me.so\0" + runpath + b"\0/old\0"
-    names = (b"libc.so.6", b"libm.so.6", b"me.so", runpath, b"/old")
-    where = {text: strings.index(b"\0" + text + b"\0") + 1 for text in names}
-    ehdr, phdr, pair = ("HHIQQQIHHHHHH", 56, "qQ") if bits == 64 else ("HHIIIIIHHHHHH", 32, "iI")
-    head = 16 + struct.calcsize(order + ehdr)
-    at_interpreter = head + 3 * phdr
-    at_strings = at_interpreter + len(interpreter) + 1
-    at_dynamic = at_strings + len(strings)
-    tags = [(1, where[b"libc.so.6"]), (1, where[b"libm.so.6"]), (14, where[b"me.so"]), (29, where[runpath])]
-    tags += [(15, where[b"/old"]), (5, 4096 + at_strings), (10, len(strings)), (0, 0), (1, 9999)]
-    dynamic = b"".join(struct.pack(order + pair, *tag) for tag in tags)
-    total = at_dynamic + len(dynamic)
-
-    def segment(kind: int, offset: int, size: int) -> bytes:
-        if bits == 64:
-            return struct.pack(order + "IIQQQQQQ", kind, 4, offset, 4096 + offset, 0, size, size, 8)
-        return struct.pack(order + "IIIIIIII", kind, offset, 4096 + offset, 0, size, size, 4, 4)
-
-    ident = b"\x7fELF" + bytes([bits // 32, 1 if order == "<" else 2, 1]) + bytes(9)
-    header = struct.pack(order + ehdr, 3, 21, 1, 0, head, 0, 0, head, phdr, 3, 0, 0, 0)
-    segments = segment(3, at_interpreter, len(interpreter) + 1) + segment(1, 0, total)
-    segments += segment(2, at_dynamic, len(dynamic))
-    return ident + header + segments + interpreter + b"\0" + strings + dynamic
+from soci_snapshotter.formats.elf import Elf
 
 
 @pytest.mark.parametrize("bits", [32, 64])
