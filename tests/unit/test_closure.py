@@ -37,7 +37,7 @@ HOST = (
     "usr/local/lib",
     "etc",
 )
-DEPTH = 3  # usr/lib/x86_64-linux-gnu/name/libx.so: below it are no libraries that a loader looks for
+DEPTH = 4  # usr/lib/llvm-14/lib/libx.so: below it are no libraries that a loader looks for
 
 
 def host_entries() -> Iterator[Entry]:
