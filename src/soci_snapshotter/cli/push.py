@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import click
 
@@ -13,12 +14,17 @@ from ..formats.oci import Descriptor
 from ..formats.reference import Reference
 from ..formats.sociindex import INDEX_V1
 from ..index.images import LocalImage, find_images
-from ..index.push import CONCURRENT_UPLOADS, push
+from ..index.outputs import Blob
+from ..index.places import ContainerdContent, ImageContent
+from ..index.push import CONCURRENT_UPLOADS, is_converted, push, push_image
 from ..index.sinks import Store
 from ..registry.client import RegistryClient
 from ..store.artifacts import Artifacts
 from .context import Globals, image_reference, wanted_platforms
+from .progress import Meter, Task, metering
 from .registries import RegistryFlags, open_registry, registry_options
+
+_SHORT = 12
 
 
 @click.command(name="push")
@@ -34,10 +40,16 @@ from .registries import RegistryFlags, open_registry, registry_options
 )
 @click.option(
     "--max-concurrent-uploads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=0),
     default=CONCURRENT_UPLOADS,
     show_default=True,
-    help="Blobs sent at once.",
+    help="Blobs sent at once; 0 is the default.",
+)
+@click.option(
+    "--snapshotter",
+    envvar="CONTAINERD_SNAPSHOTTER",
+    show_envvar=True,
+    help="Taken as the Go tool takes it; a push asks no snapshotter.",
 )
 @click.option("--quiet", "-q", is_flag=True, help="Print the digests only.")
 @registry_options
@@ -50,17 +62,29 @@ def push_command(
     all_platforms: bool,
     existing_index: str,
     max_concurrent_uploads: int,
+    snapshotter: str | None,
     quiet: bool,
     registry: RegistryFlags,
 ) -> None:
-    """Push the SOCI index of the image REF, made by `soci create`, to the image's registry."""
+    """Push the SOCI index of the image REF, made by `soci create`, to the image's registry.
+
+    An image made by `soci convert` has its indexes inside and is pushed whole, whatever platforms are named.
+    """
+    del snapshotter
     wanted = wanted_platforms(platforms, everything=all_platforms)
     reference = image_reference(ref)
     with (
         flags.artifacts() as artifacts,
         flags.containerd() as client,
         open_registry(registry, reference) as remote,
+        metering(quiet=quiet) as meter,
     ):
+        pushing = _Pushing(remote, reference, max_concurrent_uploads or CONCURRENT_UPLOADS, quiet, meter)
+        root = client.images.get(str(reference)).target
+        content = ContainerdContent(client)
+        if is_converted(content, root):
+            pushing.image(content, root)
+            return
         store = flags.store(client)
         pushed = 0
         missing: list[NotFound] = []
@@ -71,18 +95,76 @@ def push_command(
                 missing.append(error)
                 continue
             pushed += 1
-            if not _wanted(remote, reference, image.descriptor, index, existing_index):
-                continue
-            sent = push(remote, reference, store, index, uploads=max_concurrent_uploads)
-            print(sent.digest if quiet else f"pushed {sent.digest} for {image.descriptor.digest}")
+            if pushing.wanted(image.descriptor, index, existing_index):
+                pushing.index(store, index, image.descriptor)
         if not pushed and missing:
             raise missing[0]
 
 
+class _Pushing:
+    """One command's uploads: a bar per blob on a terminal, a line per result on stdout."""
+
+    def __init__(
+        self, remote: RegistryClient, reference: Reference, uploads: int, quiet: bool, meter: Meter
+    ) -> None:
+        self._remote = remote
+        self._reference = reference
+        self._uploads = uploads
+        self._quiet = quiet
+        self._meter = meter
+        self._lock = threading.Lock()
+        self._tasks: dict[Digest, Task] = {}
+
+    def wanted(self, image: Descriptor, index: Digest, existing: str) -> bool:
+        """What --existing-index says about the indexes that are there already. Pushing one again changes nothing."""
+        if existing == "allow":
+            return True
+        listed = self._remote.referrers(self._reference, image.digest, INDEX_V1, pushing=True)
+        found = [entry.digest for entry in listed]
+        if found and existing == "skip":
+            self._say(f"skipped: {self._reference} has the SOCI index {found[0]} already")
+            return False
+        others = [digest for digest in found if digest != index]
+        if others:
+            print(
+                f"soci: warning: {self._reference} has another SOCI index already: {others[0]}",
+                file=sys.stderr,
+            )
+        return True
+
+    def index(self, store: Store, index: Digest, image: Descriptor) -> None:
+        """Push a v1 index of the image."""
+        push(self._remote, self._reference, store, index, uploads=self._uploads, progress=self._progress)
+        self._result(index, f"pushed {index} for {image.digest}")
+
+    def image(self, content: ImageContent, root: Descriptor) -> None:
+        """Push a whole converted image."""
+        push_image(
+            self._remote, self._reference, content, root, uploads=self._uploads, progress=self._progress
+        )
+        self._result(root.digest, f"pushed {root.digest} as {self._reference}, with its SOCI indexes")
+
+    def _progress(self, blob: Blob, count: int) -> None:
+        """Called from the uploading threads; a negative count takes back what has to be sent again."""
+        with self._lock:
+            task = self._tasks.get(blob.digest)
+            if task is None:
+                label = blob.digest.hex[:_SHORT]
+                task = self._tasks[blob.digest] = self._meter.task(label, blob.descriptor.size, "pushing")
+        task.advance(count)
+
+    def _result(self, digest: Digest, text: str) -> None:
+        print(digest if self._quiet else text, flush=True)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            print(text, flush=True)
+
+
 def _index_of(flags: Globals, artifacts: Artifacts, store: Store, image: LocalImage) -> Digest:
-    """The newest index of the image that this store has."""
+    """The newest v1 index of the image that this store has."""
     records = artifacts.of_image(image.descriptor.digest, store.name, flags.namespace)
-    candidates = [record.digest for record in records]
+    candidates = [record.digest for record in records if record.media_type == INDEX_V1]
     labelled = store.index_of(image.descriptor.digest)
     if labelled is not None and labelled not in candidates:
         candidates.append(labelled)
@@ -93,21 +175,3 @@ def _index_of(flags: Globals, artifacts: Artifacts, store: Store, image: LocalIm
             continue  # collected since
         return digest
     raise NotFound(f"{image.name} has no SOCI index in the {store.name} store; make one with: soci create")
-
-
-def _wanted(
-    remote: RegistryClient, reference: Reference, image: Descriptor, index: Digest, existing: str
-) -> bool:
-    """What --existing-index says about an index that is there already."""
-    if existing == "allow":
-        return True
-    others = [
-        found.digest for found in remote.referrers(reference, image.digest, INDEX_V1) if found.digest != index
-    ]
-    if not others:
-        return True
-    if existing == "skip":
-        print(f"skipped: {reference} has the SOCI index {others[0]} already")
-        return False
-    print(f"soci: warning: {reference} has another SOCI index already: {others[0]}", file=sys.stderr)
-    return True

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from ..errors import Remote
 from ..formats import oci
 from ..formats.reference import Reference
 from ..registry.client import RegistryClient
 from .outputs import Blob
+from .parallel import run_all
 
 _DOCUMENTS = frozenset(oci.MANIFEST_TYPES + oci.INDEX_TYPES)
 
@@ -22,15 +23,19 @@ def send(
     tag: str | None,
     uploads: int,
     progress: Callable[[Blob, int], None] = lambda _blob, _count: None,
+    mount_from: str = "",
 ) -> None:
     """Push the blobs, each after those it names; the last is the root, under `tag` if there is one.
 
-    What the repository has is not sent again. Raises Remote for a registry that refuses; nothing names a blob that
-    is not there, at any time.
+    What the repository has is not sent again; what `mount_from`, another repository of the same registry, has is
+    taken from there. `progress` gets a negative count for bytes that have to go again. Raises Remote for a registry
+    that refuses; nothing names a blob that is not there, at any time.
     """
     listed = list(blobs)
     documents = [blob for blob in listed if blob.descriptor.media_type in _DOCUMENTS]
-    _send_blobs(client, target, [blob for blob in listed if blob not in documents], uploads, progress)
+    _send_blobs(
+        client, target, [blob for blob in listed if blob not in documents], uploads, progress, mount_from
+    )
     for blob in documents:
         data = b"".join(blob.pieces())
         last = blob is documents[-1]
@@ -43,18 +48,22 @@ def _send_blobs(
     blobs: Sequence[Blob],
     uploads: int,
     progress: Callable[[Blob, int], None],
+    mount_from: str,
 ) -> None:
-    stop = threading.Event()
+    def one(blob: Blob, stopped: Callable[[], bool]) -> None:
+        client.push_blob(
+            target,
+            blob.descriptor,
+            lambda: _until(stopped, blob),
+            lambda count: progress(blob, count),
+            mount_from=mount_from,
+        )
 
-    def one(blob: Blob) -> None:
-        if not stop.is_set():
-            client.push_blob(target, blob.descriptor, blob.pieces, lambda count: progress(blob, count))
+    run_all([functools.partial(one, blob) for blob in blobs], uploads)
 
-    with ThreadPoolExecutor(max(1, uploads), "push") as pool:
-        futures = [pool.submit(one, blob) for blob in blobs]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()
-            raise
+
+def _until(stopped: Callable[[], bool], blob: Blob) -> Iterator[bytes]:
+    for piece in blob.pieces():
+        if stopped():
+            raise Remote(f"blob {blob.digest}: upload stopped")
+        yield piece
