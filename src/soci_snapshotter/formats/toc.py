@@ -131,7 +131,7 @@ class EntryReader:
                     en = u32(data, e)[0]
                     group = data[e + 4 : e + 4 + en]
                     f += pos + p10
-                    time = times[data[f + 4 : f + 4 + u32(data, f)[0]]]
+                    time = times.get(when := data[f + 4 : f + 4 + u32(data, f)[0]]) or self._time(when)
                     spent = an + cn + dn + en
                     if spent != len(name) + len(link) + len(user) + len(group) or spent > MAX_STRING:
                         entry = self._slowly(i, pos)
@@ -141,7 +141,7 @@ class EntryReader:
                         records = self._records(i, r + pos + p13)
                         row = name, kind, offset, size, link, mode, uid, gid, user, group, time, major, minor
                         entry = new(Entry, (*row, records))
-            except (KeyError, struct.error):  # an unknown time or type, or something outside the file
+            except (KeyError, struct.error):  # no time, an unknown type, or something outside the file
                 entry = self._slowly(i, pos)
             offset, size = entry.offset, entry.size
             end = offset + size if entry.type == "reg" else offset
@@ -239,6 +239,14 @@ class EntryReader:
         table = Table(self._view, pos, what)
         return table.string(0, f"{what}.key"), table.string(1, f"{what}.value")
 
+    def _time(self, text: bytes) -> str:
+        """The time as it is written, the same object each time. KeyError for what is none."""
+        if text not in self._times:
+            if not _TIME.fullmatch(text):
+                raise KeyError(text)
+            self._times[text] = text.decode()
+        return self._times[text]
+
     def _slowly(self, index: int, pos: int) -> Entry:
         """One entry, with every step checked: raises Integrity naming the field, or reads an unusual
         entry.
@@ -257,10 +265,10 @@ class EntryReader:
             raise Integrity(
                 f"ztoc: {what}.type is {kind[:80]!r}, which is none of {', '.join(_TYPES.values())}"
             )
-        if time not in self._times:
-            if not _TIME.fullmatch(time):
-                raise Integrity(f"ztoc: {what}.mod_time is {time[:80]!r}, not an RFC 3339 time")
-            self._times[time] = time.decode()
+        try:
+            when = self._time(time)
+        except KeyError:
+            raise Integrity(f"ztoc: {what}.mod_time is {time[:80]!r}, not an RFC 3339 time") from None
         self._budget -= len(name) + len(link) + len(user) + len(group) + 64
         at, count = table.vector(_RECORDS, 4, f"{what}.xattrs")
         records = self._records(index, at - 4) if count else ()
@@ -276,7 +284,7 @@ class EntryReader:
             gid,
             user,
             group,
-            self._times[time],
+            when,
             major,
             minor,
             records,

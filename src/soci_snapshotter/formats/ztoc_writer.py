@@ -9,8 +9,9 @@ entry; packing a whole entry with one struct per (fields present, position modul
 from __future__ import annotations
 
 import struct
+from array import array
 from operator import itemgetter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from soci_snapshotter.errors import Unsupported
 from soci_snapshotter.formats.flatbuf import WIDTHS
@@ -18,7 +19,7 @@ from soci_snapshotter.formats.toc import FIELDS
 from soci_snapshotter.formats.ztoc import Compression, Ztoc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from soci_snapshotter.formats.ztoc import Entry
 
@@ -38,27 +39,72 @@ _SCALARS: Final = (2, 3, 5, 6, 7, 11, 12)
 _NOTHING: Final = bytes(8)
 """An empty string."""
 
-_pair: Final = struct.Struct("<II").pack
+_MAX_CACHE: Final = 1 << 16
+"""Strings that repeat are encoded once; a hostile layer may repeat none."""
+
+_VECTOR_STEP: Final = 1 << 12
+"""Elements of a vector made at once: each is an object for a moment."""
+
+_record: Final = struct.Struct("<iII").pack
 _RECORD_VTABLE: Final = struct.pack("<4H", 8, 12, 8, 4)
 """Xattr: two offsets, key added first and so the last in the table."""
 
 
+class Stack(Protocol):
+    """Where the parts of a file are kept while it is written, its last first: a list, or a file."""
+
+    def append(self, data: bytes, /) -> None:
+        """Keep one more."""
+
+    def __reversed__(self) -> Iterator[bytes]:
+        """What was kept, the file's first part first."""
+
+
 def encode(ztoc: Ztoc) -> bytes:
     """The file. Unsupported when it would exceed FlatBuffers' 2 GiB."""
+    blob = ztoc.checkpoints
+    return b"".join(encode_pieces(ztoc, [ztoc.entries], len(blob), (blob,), [])[1])
+
+
+def encode_pieces(
+    ztoc: Ztoc,
+    batches: Iterable[Sequence[Entry]],
+    checkpoints_size: int,
+    checkpoints: Iterable[bytes | memoryview],
+    stack: Stack,
+) -> tuple[int, Iterator[bytes | memoryview]]:
+    """The file's size in bytes, and its pieces in order, for a ztoc that is too large for the memory.
+
+    Instead of its own `entries`, those of `batches`, the last batch first, each in the tar's order; instead of
+    its own `checkpoints`, so many bytes that are asked for when the pieces before them were taken. `stack`
+    holds what was encoded of each batch. Unsupported when the file would exceed FlatBuffers' 2 GiB.
+    """
     out = _Builder()
     version = out.string(ztoc.version.encode())
     tool = out.string(ztoc.build_tool.encode())
-    places = _write_entries(out, ztoc.entries)
+    places = array("I")  # last first
+    chunks: dict[bytes | str, bytes] = {}
+    layouts: dict[tuple[bool | int, ...], _Layout] = {}
+    for entries in batches:
+        _write_entries(out, entries, places, chunks, layouts)
+        out.move_to(stack)
+        if len(chunks) > _MAX_CACHE:
+            chunks.clear()
+    places.reverse()
     metadata = out.vector(places)
     toc = out.table(1, [(0, "I", metadata)])
-    checkpoints = out.blob(ztoc.checkpoints)
+    out.align(4, checkpoints_size)
+    out.move_to(stack)
+    behind = out.size  # of what is on the stack
+    out.size += checkpoints_size
+    blob = out.put(_u32(checkpoints_size))
     digests = out.vector([out.string(d.encode()) for d in ztoc.span_digests])
     info = out.table(
         4,
         [
             (1, "i", ztoc.max_span_id),
             (2, "I", digests),
-            (3, "I", checkpoints),
+            (3, "I", blob),
             (0, "b", 0 if ztoc.compression is Compression.GZIP else ztoc.compression),
         ],
     )
@@ -73,7 +119,20 @@ def encode(ztoc: Ztoc) -> bytes:
             (5, "I", info),
         ],
     )
-    return out.finish(root)
+    head = out.finish(root)
+    return out.size, _in_order(head, checkpoints, out.size - len(head) - behind, stack)
+
+
+def _in_order(
+    head: bytes, checkpoints: Iterable[bytes | memoryview], size: int, stack: Stack
+) -> Iterator[bytes | memoryview]:
+    yield head
+    for piece in checkpoints:
+        size -= len(piece)
+        yield piece
+    if size:
+        raise ValueError(f"the checkpoints differ from their size by {size} bytes")
+    yield from reversed(stack)
 
 
 def encode_tarinfo(span_size: int, size: int) -> bytes:
@@ -85,14 +144,14 @@ def encode_tarinfo(span_size: int, size: int) -> bytes:
 
 
 class _Builder:
-    """What is written so far, last part first; `size` is its length in bytes."""
+    """What is written so far, last part first; `size` is its length in bytes, with what was moved elsewhere."""
 
     def __init__(self) -> None:
-        self.parts: list[bytes | memoryview] = []
+        self.parts: list[bytes] = []
         self.size = 0
         self.vtables: dict[bytes, int] = {}
 
-    def put(self, data: bytes | memoryview) -> int:
+    def put(self, data: bytes) -> int:
         """Put `data` before everything so far; returns where it begins."""
         self.parts.append(data)
         self.size += len(data)
@@ -108,19 +167,23 @@ class _Builder:
         self.align(4, len(text) + 1)
         return self.put(_u32(len(text)) + text + b"\0")
 
-    def blob(self, data: bytes | memoryview) -> int:
-        """A vector of bytes."""
-        self.align(4, len(data))
-        self.put(data)
-        return self.put(_u32(len(data)))
+    def move_to(self, stack: Stack) -> None:
+        """Put on `stack`, as one, what is here."""
+        stack.append(b"".join(reversed(self.parts)))
+        self.parts.clear()
 
     def vector(self, targets: Sequence[int]) -> int:
         """A vector of offsets to what is at `targets`."""
         self.align(4)
-        n = len(targets)
-        first = self.size + 4 * n
-        self.put(struct.pack(f"<{n}I", *[first - 4 * i - target for i, target in enumerate(targets)]))
-        return self.put(_u32(n))
+        first = self.size + 4 * len(targets)
+        packed = []
+        for start in range(0, len(targets), _VECTOR_STEP):
+            step = targets[start : start + _VECTOR_STEP]
+            packed.append(
+                struct.pack(f"<{len(step)}I", *[first - 4 * i - at for i, at in enumerate(step, start)])
+            )
+        self.put(b"".join(packed))
+        return self.put(_u32(len(targets)))
 
     def table(self, fields: int, values: Iterable[tuple[int, str, int]]) -> int:
         """A table of `fields` fields; `values` (index, struct letter, value or target) in the order of
@@ -159,7 +222,7 @@ class _Builder:
         return here
 
     def finish(self, root: int) -> bytes:
-        """The file: everything so far after the way to `root`."""
+        """What is here, after the way to `root`: the file, but for what was moved elsewhere."""
         self.align(8, 4)
         here = self.size + 4
         self.put(_u32(here - root))
@@ -197,12 +260,17 @@ class _Layout:
         self.vtable_at = out.vtables.get(self.vtable, 0)  # 0: to be written
 
 
-def _write_entries(out: _Builder, entries: Sequence[Entry]) -> list[int]:
-    """All entries, last first; returns where their tables begin, first first."""
-    chunks: dict[bytes | str, bytes] = {}
-    layouts: dict[tuple[bool | int, ...], _Layout] = {}
-    places = []
-    put, known, size, empty = out.parts.append, chunks.get, out.size, bytes(4)
+def _write_entries(
+    out: _Builder,
+    entries: Sequence[Entry],
+    places: array[int],
+    chunks: dict[bytes | str, bytes],
+    layouts: dict[tuple[bool | int, ...], _Layout],
+) -> None:
+    """A batch of entries, last first; where their tables begin goes to `places`. `chunks` and `layouts` are
+    what earlier batches had in common with it.
+    """
+    put, known, size, empty, place = out.parts.append, chunks.get, out.size, bytes(4), places.append
     for entry in reversed(entries):
         name, kind, offset, length, link, mode, uid, gid, user, group, time, major, minor, records = entry
         n = len(name)
@@ -219,10 +287,9 @@ def _write_entries(out: _Builder, entries: Sequence[Entry]) -> list[int]:
         a4 = a3 + len(c4)
         a5 = a4 + len(c5)
         if records:
-            put(b"".join((c5, c4, c3, c2, c1, c0)))
-            out.size = a5
-            a6 = size = _write_records(out, records)
-            strings = b""
+            parts = [c0, c1, c2, c3, c4, c5]
+            a6 = size = _write_records(out, a5, parts, records, chunks)
+            strings = b"".join(reversed(parts))
         else:
             strings = b"".join((empty, c5, c4, c3, c2, c1, c0))
             a6 = size = a5 + 4
@@ -239,17 +306,15 @@ def _write_entries(out: _Builder, entries: Sequence[Entry]) -> list[int]:
         if layout.vtable_at:
             table = layout.pack(layout.vtable_at - size, *layout.pick(fields))
             put(table + strings)
-            places.append(size)
+            place(size)
         else:
             vtable = layout.vtable
             table = layout.pack(len(vtable), *layout.pick(fields))
             put(vtable + table + strings)
-            places.append(size)
+            place(size)
             size += len(vtable)
             out.vtables[vtable] = layout.vtable_at = size
     out.size = size
-    places.reverse()
-    return places
 
 
 def _chunk(text: bytes) -> bytes:
@@ -257,12 +322,31 @@ def _chunk(text: bytes) -> bytes:
     return _u32(n) + text + _PADS[n & 3]
 
 
-def _write_records(out: _Builder, records: Sequence[tuple[bytes, bytes]]) -> int:
-    """An entry's records and their vector; returns where that begins."""
+def _write_records(
+    out: _Builder,
+    size: int,
+    parts: list[bytes],
+    records: Sequence[tuple[bytes, bytes]],
+    chunks: dict[bytes | str, bytes],
+) -> int:
+    """Add an entry's records and their vector to `parts`, of which the last so far is at `size`; returns
+    where that vector begins.
+    """
+    vtable = out.vtables.get(_RECORD_VTABLE, 0)
     targets = []
     for key, value in records:
-        k = out.put(_chunk(key))
-        v = out.put(_chunk(value))
-        out.put(_pair(8, v + 4 - k))
-        targets.append(out.start_table(_RECORD_VTABLE))
-    return out.vector(targets)
+        k = chunks.get(key) or chunks.setdefault(key, _chunk(key))
+        v = _chunk(value)
+        here = size + len(k) + len(v) + 12
+        way = vtable - here if vtable else len(_RECORD_VTABLE)
+        parts += (k, v, _record(way, 8, len(v) + 4))
+        targets.append(here)
+        size = here
+        if not vtable:
+            parts.append(_RECORD_VTABLE)
+            size += len(_RECORD_VTABLE)
+            vtable = out.vtables[_RECORD_VTABLE] = size
+    n = len(targets)
+    first = size + 4 * n
+    parts.append(struct.pack(f"<{n + 1}I", n, *[first - 4 * i - at for i, at in enumerate(targets)]))
+    return first + 4
