@@ -59,11 +59,13 @@ class Contents:
         shown = _shown(path)
         if len(path) > MAX_PATH:
             raise Invalid(f"{shown}...: a path has at most {MAX_PATH} bytes")
-        found = self._walk(path)
+        found, end = self._walk(path)
         if found is None:
-            if any(name.startswith(b"/".join(_parts(path)) + b"/") for name in self._at):
+            below = end + b"/"
+            if not end or any(name.startswith(below) for name in self._at):
                 raise Invalid(f"{shown} is a directory; name a file in it")
-            raise NotFound(f"{shown} is not in this layer; see the names with: soci ztoc info")
+            to = "" if end == b"/".join(_parts(path)) else f" (it leads to {_shown(end)})"
+            raise NotFound(f"{shown} is not in this layer{to}; see the names with: soci ztoc info")
         if found.type == "dir":
             raise Invalid(f"{shown} is a directory; name a file in it")
         if found.type != "reg":
@@ -72,7 +74,8 @@ class Contents:
             raise Unsupported(f"{shown} is stored as a sparse file, which a ztoc cannot describe")
         return found
 
-    def _walk(self, path: bytes) -> Entry | None:
+    def _walk(self, path: bytes) -> tuple[Entry | None, bytes]:
+        """What is at the end of `path`, and the path without links that leads there."""
         shown = _shown(path)
         todo = list(reversed(_parts(path)))
         at: list[bytes] = []
@@ -95,13 +98,17 @@ class Contents:
                     raise Invalid(f"{shown} leads through more than {MAX_LINKS} links; they go in a circle")
                 beyond = self._lookup([*at, *reversed(todo)]) if todo else None
                 if beyond is not None and beyond > index:
-                    return self._entry(beyond)  # unpacked through the link, but listed under its name
+                    return self._entry(beyond), b"/".join(
+                        at
+                    )  # unpacked through the link, but listed under its name
+                if len(entry.linkname) > MAX_PATH:
+                    raise NotFound(f"{shown} leads to a link with a target of {len(entry.linkname)} bytes")
                 at = _base(entry, at)
-                todo.extend(reversed(_parts(entry.linkname[: MAX_PATH + 1])))
+                todo.extend(reversed(_parts(entry.linkname)))
                 index = None
             elif todo and entry.type != "dir":
                 raise NotFound(f"{shown}: {_shown(b'/'.join(at))} is no directory")
-        return None if index is None else self._entry(index)
+        return (None if index is None else self._entry(index)), b"/".join(at)
 
     def _entry(self, index: int) -> Entry:
         return self._entries[self._same.get(index, index)]
