@@ -32,12 +32,13 @@ HOST = (
     "lib64",
     "libx32",
     "usr/bin",
+    "usr/sbin",
     "usr/lib",
     "usr/lib64",
     "usr/local/lib",
     "etc",
 )
-DEPTH = 4  # usr/lib/llvm-14/lib/libx.so: below it are no libraries that a loader looks for
+DEPTH = 6  # usr/lib/jvm/java-17/lib/server/libjvm.so: below are no libraries that a loader looks for
 
 
 def host_entries() -> Iterator[Entry]:
@@ -78,7 +79,7 @@ def dynamic_programs() -> list[str]:
     found = ["/bin/sh", "/bin/ls", "/usr/bin/env", os.path.realpath(sys.executable)]
     for path in [Path("/usr/bin/python3"), *sorted(Path("/usr/bin").iterdir())[::20]]:
         real = path.resolve()
-        if real.is_file() and real.is_relative_to("/usr") and real.read_bytes()[:4] == b"\x7fELF":
+        if real.is_file() and real.parent == Path("/usr/bin") and real.read_bytes()[:4] == b"\x7fELF":
             found.append(str(path))
     return found[:40]
 
