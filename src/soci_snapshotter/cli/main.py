@@ -63,6 +63,7 @@ class _Commands(click.Group):
         "ztoc",
         "prefetch",
         "rebuild-db",
+        "why",
     )
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -160,6 +160,10 @@ class RegistryClient:
 
         return self.router.over(repo, Capability.PULL, attempt)
 
+    def has_referrers(self, repo: Repo, digest: Digest) -> bool:
+        """Whether the registry, or its first mirror that answers, has the referrers API of distribution-spec 1.1."""
+        return self.router.over(repo, Capability.PULL, lambda route: referrers.has_api(route, digest))
+
     def push_blob(
         self,
         repo: Repo,

@@ -31,6 +31,11 @@ def listed(route: Route, digest: Digest, artifact_type: str, actions: str = "pul
     return [entry for entry in found if not artifact_type or entry.artifact_type == artifact_type]
 
 
+def has_api(route: Route, digest: Digest) -> bool:
+    """Whether the API answers for this digest; without it the fallback tag is all there is."""
+    return _from_api(route, digest, "", "pull") is not None
+
+
 def from_tag(route: Route, digest: Digest, actions: str = "pull") -> Index:
     """The index under the fallback tag; an empty one when there is none."""
     tag = fallback_tag(digest)
