@@ -84,7 +84,7 @@ class Shelf:
 
 
 def why(
-    shelf: Shelf, modes: Modes = Modes(), *, explicit: Digest | None = None, quick: bool = False
+    shelf: Shelf, modes: Modes = DEFAULT, *, explicit: Digest | None = None, quick: bool = False
 ) -> Answer:
     """Ask about the shelf's image."""
     client = cast(RegistryClient, shelf)

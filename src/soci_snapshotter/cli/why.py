@@ -70,8 +70,13 @@ def why_command(
 
 def _document(answer: Answer) -> dict[str, object]:
     """For --json: the answer's own fields, and `lazy` for the image and each layer."""
-    layers = [{"lazy": layer.lazy, **msgspec.to_builtins(layer)} for layer in answer.layers]
-    return {"lazy": answer.lazy, **msgspec.to_builtins(answer), "layers": layers}
+    layers = [{"lazy": layer.lazy, **_fields(layer)} for layer in answer.layers]
+    return {"lazy": answer.lazy, **_fields(answer), "layers": layers}
+
+
+def _fields(value: Answer | LayerAnswer) -> dict[str, object]:
+    fields: dict[str, object] = msgspec.to_builtins(value, enc_hook=str)  # digests are more than text
+    return fields
 
 
 def _print(answer: Answer) -> None:
