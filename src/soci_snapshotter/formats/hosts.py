@@ -85,8 +85,8 @@ class Endpoint:
     """Seconds for a connection; None for the client's own."""
     namespace: str = ""
     """The registry this is a mirror of, for the query `ns`; empty for the registry itself."""
-    try_tls: bool = False
-    """`scheme` is a guess: https is tried first, http spoken if the host knows no TLS."""
+    guessed: bool = False
+    """`scheme` is a guess: with any TLS setting https is tried first, and http spoken if the host knows no TLS."""
 
 
 def directories(host: str) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def parse(data: bytes, directory: str, default: Endpoint) -> tuple[Endpoint, ...
     tree = reader.load(data)
     endpoints = []
     for url, table in reader.table(tree, "host").items():
-        shared = replace(default, tls=default.tls.without_client(), try_tls=False)
+        shared = replace(default, tls=default.tls.without_client(), guessed=False)
         endpoints.append(reader.endpoint(url, reader.as_table(table, f'host."{url[:200]}"'), shared))
     server = tree.get("server", "")
     if not isinstance(server, str):
@@ -192,7 +192,7 @@ class _Reader:
         path = "" if path == "/" else path
         if not override_path and not path.endswith("/v2"):
             path += "/v2"
-        return replace(default, scheme=parts.scheme, host=parts.netloc, path=path, try_tls=False)
+        return replace(default, scheme=parts.scheme, host=parts.netloc, path=path, guessed=False)
 
     def _bool(self, table: Mapping[str, Any], key: str) -> bool:
         value = table.get(key, False)

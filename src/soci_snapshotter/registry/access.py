@@ -12,7 +12,7 @@ from soci_snapshotter.registry.certsd import CertsDirectories
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.registry.credentials import DockerConfig
 from soci_snapshotter.registry.options import Options
-from soci_snapshotter.registry.urls import is_loopback, speaks_http
+from soci_snapshotter.registry.urls import speaks_http
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,11 @@ class RegistryAccess:
         """The registry `host[:port]` itself, without any hosts.toml."""
         scheme = "http" if self._speaks_http(host) else "https"
         own = host == self.host
-        # nerdctl passes --plain-http and --skip-verify for an insecure registry, whichever of both it is.
-        either = own and self.plain_http and self.tls.skip_verify
-        # Certificates for loopback say that TLS is expected there.
-        expected = is_loopback(host) and not (own and self.plain_http) and self.tls != Tls()
+        # nerdctl passes --plain-http and --skip-verify for an insecure registry, whichever of both it is; and
+        # certificates for loopback, from flags or files, say that TLS is expected there.
+        guessed = scheme == "http" and (not (own and self.plain_http) or self.tls.skip_verify)
         tls = self.tls if own else self.tls.without_client()
-        return Endpoint(scheme, host, tls=tls, try_tls=scheme == "http" and (either or expected))
+        return Endpoint(scheme, host, tls=tls, guessed=guessed)
 
     def _speaks_http(self, host: str) -> bool:
         return (self.plain_http and host == self.host) or speaks_http(host)

@@ -1,7 +1,7 @@
 """Which of a registry's endpoints is asked, and which after it: mirrors in their order, the registry itself last.
 
 An endpoint that failed is passed over for a while, so that one dead mirror does not slow every request; the last
-one is always asked. Where an endpoint's scheme is a guess (`try_tls`), a handshake finds it out once.
+one is always asked. Where an endpoint's scheme is a guess, a handshake finds it out once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeAlias, TypeVar
 from urllib.parse import quote
 
 from soci_snapshotter.errors import Config, NotFound, SociError
-from soci_snapshotter.formats.hosts import Capability, Endpoint
+from soci_snapshotter.formats.hosts import Capability, Endpoint, Tls
 from soci_snapshotter.registry import failures, urls
 from soci_snapshotter.registry.auth import Scope
 from soci_snapshotter.registry.failures import Subject
@@ -98,14 +98,14 @@ class Router:
 
     def __init__(self, session: Session, hosts: Hosts | None) -> None:
         self._session = session
-        self._hosts: Hosts = hosts or (lambda host: (session.options.endpoint(host),))
+        self.hosts: Hosts = hosts or (lambda host: (session.options.endpoint(host),))
         self._lock = threading.Lock()
         self._failed: dict[str, float] = {}  # host -> time.monotonic() until which it is passed over
         self._schemes: dict[str, str] = {}
 
     def routes(self, repo: Repo, capability: Capability) -> list[Route]:
         """Never empty; Config when no endpoint has the capability."""
-        able = [each for each in self._hosts(repo.host) if capability in each.capabilities]
+        able = [each for each in self.hosts(repo.host) if capability in each.capabilities]
         if not able:
             raise Config(
                 f"{repo.host}: no host of its hosts.toml has the capability {capability.value}; correct the file"
@@ -144,7 +144,7 @@ class Router:
 
     def _settled(self, endpoint: Endpoint) -> Endpoint:
         """The endpoint with the scheme that it speaks; https as long as nobody answers."""
-        if not endpoint.try_tls:
+        if not endpoint.guessed or endpoint.tls == Tls():
             return endpoint
         with self._lock:
             scheme = self._schemes.get(endpoint.host)
@@ -152,10 +152,10 @@ class Router:
             timeout = endpoint.dial_timeout or self._session.options.connect_timeout
             scheme = _spoken(replace(endpoint, scheme="https"), timeout)
             if scheme is None:
-                return replace(endpoint, scheme="https", try_tls=False)
+                return replace(endpoint, scheme="https", guessed=False)
             with self._lock:
                 self._schemes[endpoint.host] = scheme
-        return replace(endpoint, scheme=scheme, try_tls=False)
+        return replace(endpoint, scheme=scheme, guessed=False)
 
 
 def _spoken(endpoint: Endpoint, timeout: float) -> str | None:
