@@ -210,7 +210,7 @@ def test_a_dynamic_program_and_its_libraries_in_order() -> None:
         ("/none", "/r", (), "/usr/lib64/x.so"),
         ("$ORIGIN/../o", "", (), "/o/x.so"),
         ("${ORIGIN}/../usr/$LIB", "", (), "/usr/lib64/x.so"),
-        ("$PLATFORM:rel", "", (), "/work/rel/x.so"),
+        ("$PLATFORM:rel", "", (), "/srv/rel/x.so"),
         ("/wrong", "", (), "/usr/lib64/x.so"),
     ],
 )
@@ -225,8 +225,8 @@ def test_directories_are_searched_in_the_loaders_order(
         "wrong/x.so": lib("x.so", machine=183),
         "lib/x86_64-linux-gnu/x.so": lib("x.so", bits=32, machine=3),
     }
-    files |= {f"{top}/x.so": lib("x.so") for top in ("usr/lib64", "env", "run", "r", "o", "work/rel")}
-    assert paths(run(files, "/app/run", env=env, cwd="/work")) == ["/app/run", LD, winner]
+    files |= {f"{top}/x.so": lib("x.so") for top in ("usr/lib64", "env", "run", "r", "o", "srv/rel")}
+    assert paths(run(files, "/app/run", env=env, cwd="/srv")) == ["/app/run", LD, winner]
 
 
 def test_rpath_is_inherited_and_runpath_is_not() -> None:
