@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -138,6 +139,16 @@ def test_unwritable_root_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     err = capsys.readouterr().err
     assert str(root) in err
     assert "--root" in err
+
+
+def test_a_fresh_root_is_for_its_owner_only(tmp_path: Path) -> None:
+    """The command that makes the root gives it the mode that the daemon gives it, whatever the umask."""
+    before = os.umask(0o022)
+    try:
+        run(["--root", str(tmp_path / "a" / "root"), "--address", "/nowhere/c.sock", "create", "x"])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a" / "root").stat().st_mode) == 0o700
 
 
 def _silent_containerd(directory: Path) -> tuple[str, subprocess.Popen[bytes]]:

@@ -77,7 +77,9 @@ class Artifacts:
 
     def __enter__(self) -> Artifacts:
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # mkdir gives `mode` to the last directory only, and the root, above, is nobody else's business either.
+            for directory in (self._path.parent.parent, self._path.parent):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise Config(f"{self._path}: {error}; check --root and that this user may write there") from None
         try:
