@@ -176,11 +176,12 @@ def test_the_libraries_agree_on_checkpoints_of_small_blocks() -> None:
     layer = member(TAR, 6, zlib.Z_PARTIAL_FLUSH, 101) + member(b"") + member(TAR, 1) + member(TAR, 0)
     found = []
     for library in LIBRARIES:
-        with checkpoints.Scanner(1, library) as scanner:
+        kept: list[bytes] = []
+        with checkpoints.Scanner(1, library, keep=kept.append) as scanner:
             output = b"".join(scanner.feed(layer))
-            rest, blob = scanner.finish()
+            rest, head = scanner.finish()
         assert output + rest == TAR * 3
-        found.append((scanner.points, blob))
+        found.append((scanner.points, head, kept))
     assert found[0] == found[1]
     assert {point.bits for point in found[0][0]} == set(range(8))
 

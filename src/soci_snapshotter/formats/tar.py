@@ -88,6 +88,11 @@ class TarParser:
         return self._end >= 0
 
     @property
+    def tail(self) -> int:
+        """Bytes fed after the end blocks."""
+        return self._base - self._end if self.ended else 0
+
+    @property
     def fed(self) -> int:
         """Bytes fed so far."""
         return self._base
@@ -174,9 +179,8 @@ class TarParser:
         major = minor = 0
         if magic == b"ustar  \0" or magic.startswith(b"ustar\0"):
             user, group, major, minor = self._extensions.get(extension) or self._extension(extension)
-            if prefixes[0][0] and not magic[5]:
-                prefix, more, trailer = prefixes
-                name = _until_nul(prefix if trailer == b"tar\0" else prefix + more) + b"/" + name
+            if prefixes[0][0] and (prefix := _prefix(magic, *prefixes)):
+                name = prefix + b"/" + name
         when = self._times.get(mtime)
         seconds = 0 if when else parse_number(mtime, "mtime")  # refused here even if a record overrides it
         link = _until_nul(link) if link[0] else b""
@@ -254,6 +258,21 @@ def _remember(cache: dict[bytes, _V], key: bytes, value: _V) -> _V:
 def _until_nul(field: bytes) -> bytes:
     end = field.find(0)
     return field if end < 0 else field[:end]
+
+
+def _prefix(magic: bytes, short: bytes, more: bytes, trailer: bytes) -> bytes:
+    """What stands before the name. In GNU's format two times are there, but Go before 1.8 wrote a prefix: it is
+    one if it is ASCII and no times, as later Go reads it.
+    """
+    if not magic[5]:
+        return _until_nul(short if trailer == b"tar\0" else short + more)
+    try:
+        parse_number(short[:12], "atime")
+        parse_number(short[12:24], "ctime")
+    except Integrity:
+        prefix = _until_nul(short + more)
+        return prefix if prefix.isascii() else b""
+    return b""
 
 
 def _unusual(flag: bytes, name: bytes) -> str:

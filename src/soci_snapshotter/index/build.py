@@ -1,32 +1,39 @@
 """One layer to its ztoc, in one pass: checkpoints, table of contents and all digests, in bounded memory.
 
-What grows with the layer is the ztoc itself: 32 KiB a span and some 300 bytes an entry. The digests are
-computed beside the pass, in threads (hashing and inflating release the GIL).
+What grows with the layer, 32 KiB a span and some 300 bytes an entry, goes to temporary files. The digests are
+computed beside the pass, in threads (hashing and inflating release the GIL), from the very buffers that inflate
+filled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import queue
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
+import msgspec
+
 from soci_snapshotter.errors import Integrity, Invalid, Unsupported
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats.gzipfmt import MAGIC
 from soci_snapshotter.formats.tar import TarParser
+from soci_snapshotter.formats.toc import Entry
 from soci_snapshotter.formats.ztoc import MAX_ARCHIVE_SIZE, VERSION, Compression, Ztoc
-from soci_snapshotter.formats.ztoc_writer import encode, encode_tarinfo
+from soci_snapshotter.formats.ztoc_writer import MAX_SIZE, encode_pieces, encode_tarinfo
+from soci_snapshotter.index.spool import Spool, naming
 from soci_snapshotter.linux import checkpoints
 from soci_snapshotter.linux.inflate import MAX_TAIL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
     from types import TracebackType
 
     from soci_snapshotter.formats.digest import Digest
-    from soci_snapshotter.formats.ztoc import Entry
 
 DEFAULT_SPAN_SIZE: Final = 4 << 20
 """Bytes: what the Go tool takes; 1.3 MB to fetch for a miss, and a window for each."""
@@ -34,14 +41,34 @@ DEFAULT_SPAN_SIZE: Final = 4 << 20
 QUEUE: Final = 4
 """Pieces of a MiB or so between the pass and a hashing thread: enough to smooth, too few to weigh."""
 
+BUFFERS: Final = 3
+"""Of a MiB: one to fill, one to hash, one between."""
+
+_DIGEST: Final = 80
+"""Bytes: a span digest in a ztoc, 71 characters with what goes with them."""
+
+_BATCH: Final = msgspec.msgpack.Decoder(list[Entry])
+
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltZtoc:
-    """A ztoc and what was learnt on the way. Sizes in bytes; `uncompressed_size` counts the tar's tail
-    too.
+class WrittenZtoc:
+    """A ztoc's digest and size, and what was learnt on the way. Sizes in bytes; `uncompressed_size` counts the
+    tar's tail too.
     """
+
+    digest: Digest
+    size: int
+    layer_digest: Digest
+    layer_size: int
+    diff_id: Digest
+    uncompressed_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltZtoc:
+    """The same with the ztoc itself, and its entries."""
 
     data: bytes
     digest: Digest
@@ -52,6 +79,27 @@ class BuiltZtoc:
     entries: list[Entry]
 
 
+def write_ztoc(
+    chunks: Iterable[bytes],
+    output: Path,
+    *,
+    compression: Compression,
+    span_size: int = DEFAULT_SPAN_SIZE,
+    build_tool: str,
+    expected: Digest | None = None,
+) -> WrittenZtoc:
+    """Write the ztoc of the layer whose bytes `chunks` brings, a MiB or so at a time, to the file `output`.
+
+    `expected`: the layer's digest. Integrity when it differs, or for a broken gzip stream or tar; Unsupported
+    for a tar that no ztoc can describe, naming the entry; OSError for a full disk. Then `output` is as it was.
+    """
+    with _Aside(output.parent) as aside:
+        layer = _scan(chunks, aside, compression, span_size, expected)
+        size, pieces = _encode(layer, aside, build_tool)
+        digest = _write(pieces, output)
+    return WrittenZtoc(digest, size, layer.digest, layer.size, layer.diff_id, layer.uncompressed_size)
+
+
 def build_ztoc(
     chunks: Iterable[bytes],
     *,
@@ -60,53 +108,128 @@ def build_ztoc(
     build_tool: str,
     expected: Digest | None = None,
 ) -> BuiltZtoc:
-    """The ztoc of the layer whose bytes `chunks` brings, a MiB or so at a time.
-
-    `expected`: the layer's digest. Integrity when it differs, or for a broken gzip stream or tar;
-    Unsupported for a tar that no ztoc can describe, naming the entry.
-    """
-    if span_size < 1:
-        raise Invalid(f"span size is {span_size}; it must be at least 1")
-    build = _gzip if compression is Compression.GZIP else _uncompressed
-    tar = TarParser()
-    spans = _SpanDigests(expected.algorithm if expected else "sha256")
-    blob, diff_id = build(chunks, span_size, tar, spans)
-    layer_digest = digests.parse(f"{spans.layer.name}:{spans.layer.hexdigest()}")
-    if expected is not None and layer_digest != expected:
-        raise Integrity(f"layer {expected}: its bytes have the digest {layer_digest}")
-    entries, size = tar.finish()
-    if tar.fed > MAX_ARCHIVE_SIZE or tar.fed - size > MAX_TAIL:
-        raise Unsupported(f"layer {layer_digest}: {tar.fed} bytes with {tar.fed - size} after the tar's end")
-    data = encode(
-        Ztoc(
-            version=VERSION,
-            build_tool=build_tool,
-            compressed_size=spans.size,
-            uncompressed_size=size,
-            compression=compression,
-            max_span_id=len(spans.digests) - 1,
-            span_digests=spans.digests,
-            checkpoints=blob,
-            checkpoints_offset=0,
-            entries=entries,
-        )
-    )
+    """The same in memory, for a layer that is known to be small."""
+    with _Aside(None) as aside:
+        layer = _scan(chunks, aside, compression, span_size, expected)
+        data = b"".join(_encode(layer, aside, build_tool)[1])
+        entries = list(itertools.chain(*map(_BATCH.decode, aside.entries), layer.last_entries))
     return BuiltZtoc(
         data=data,
         digest=digests.sha256(data),
-        layer_digest=layer_digest,
-        layer_size=spans.size,
-        diff_id=digests.from_hex(diff_id),
-        uncompressed_size=tar.fed,
+        layer_digest=layer.digest,
+        layer_size=layer.size,
+        diff_id=layer.diff_id,
+        uncompressed_size=layer.uncompressed_size,
         entries=entries,
     )
 
 
-def _gzip(chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanDigests) -> tuple[bytes, str]:
+class _Aside:
+    """What grows with a layer: checkpoints, batches of entries, and these as they are in the ztoc."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.checkpoints, self.entries, self.encoded = (Spool(directory) for _ in range(3))
+
+    def __enter__(self) -> _Aside:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for spool in (self.checkpoints, self.entries, self.encoded):
+            spool.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer that was read to its end; sizes in bytes. `checkpoints_head` comes before those put aside."""
+
+    digest: Digest
+    size: int
+    diff_id: Digest
+    uncompressed_size: int
+    tar_size: int
+    compression: Compression
+    span_digests: list[str]
+    checkpoints_head: bytes
+    last_entries: list[Entry]
+
+
+def _scan(
+    chunks: Iterable[bytes], aside: _Aside, compression: Compression, span_size: int, expected: Digest | None
+) -> _Layer:
+    if span_size < 1:
+        raise Invalid(f"span size is {span_size}; it must be at least 1")
+    scan = _gzip if compression is Compression.GZIP else _uncompressed
+    tar = TarParser(lambda entries: aside.entries.append(msgspec.msgpack.encode(entries)))
+    spans = _SpanDigests(expected.algorithm if expected else "sha256")
+    head, diff_id = scan(chunks, span_size, tar, spans, aside.checkpoints)
+    digest = digests.parse(f"{spans.layer.name}:{spans.layer.hexdigest()}")
+    if expected is not None and digest != expected:
+        raise Integrity(f"layer {expected}: its bytes have the digest {digest}")
+    entries, size = tar.finish()
+    return _Layer(
+        digest=digest,
+        size=spans.size,
+        diff_id=digests.from_hex(diff_id),
+        uncompressed_size=tar.fed,
+        tar_size=size,
+        compression=compression,
+        span_digests=spans.digests,
+        checkpoints_head=head,
+        last_entries=entries,
+    )
+
+
+def _encode(layer: _Layer, aside: _Aside, build_tool: str) -> tuple[int, Iterator[bytes | memoryview]]:
+    """The ztoc's size in bytes, and its pieces."""
+    ztoc = Ztoc(
+        version=VERSION,
+        build_tool=build_tool,
+        compressed_size=layer.size,
+        uncompressed_size=layer.tar_size,
+        compression=layer.compression,
+        max_span_id=len(layer.span_digests) - 1,
+        span_digests=layer.span_digests,
+        checkpoints=b"",
+        checkpoints_offset=0,
+        entries=[],
+    )
+    head = layer.checkpoints_head
+    return encode_pieces(
+        ztoc,
+        itertools.chain([layer.last_entries], map(_BATCH.decode, reversed(aside.entries))),
+        len(head) + aside.checkpoints.size,
+        itertools.chain([head], aside.checkpoints),
+        aside.encoded,
+    )
+
+
+def _write(pieces: Iterable[bytes | memoryview], output: Path) -> Digest:
+    """Write the file, all of it or nothing; its digest."""
+    partial = output.with_name(f"{output.name}.part")
+    hashed = hashlib.sha256()
+    try:
+        with naming(partial), open(partial, "wb") as file:
+            for piece in pieces:
+                hashed.update(piece)
+                file.write(piece)
+        os.replace(partial, output)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return digests.from_hex(hashed.hexdigest())
+
+
+def _gzip(
+    chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanDigests, kept: Spool
+) -> tuple[bytes, str]:
+    """What goes before the checkpoints put into `kept`, and the DiffID's hex digits."""
     diff = hashlib.sha256()
+    ring = _Ring()
     with (
-        checkpoints.Scanner(span_size, checkpoints.load()) as scanner,
-        _Beside(diff.update) as hashing,
+        checkpoints.Scanner(span_size, checkpoints.load(), keep=kept.append, take=ring.take) as scanner,
+        _Beside(diff.update, ring.give_back) as hashing,
         _Beside(spans.update) as digesting,
     ):
         for chunk in chunks:
@@ -115,15 +238,17 @@ def _gzip(chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanD
                 tar.feed(piece)
                 hashing.put(piece)
             digesting.put((chunk, [(point.at, point.bits) for point in scanner.points[known:]]))
-        piece, blob = scanner.finish()
+            _check_sizes(tar, kept.size)
+        piece, head = scanner.finish()
         tar.feed(piece)
         hashing.put(piece)
+    _check_sizes(tar, kept.size)
     spans.finish()
-    return blob, diff.hexdigest()
+    return head, diff.hexdigest()
 
 
 def _uncompressed(
-    chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanDigests
+    chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanDigests, _: Spool
 ) -> tuple[bytes, str]:
     diff = hashlib.sha256()
     with _Beside(diff.update) as hashing, _Beside(spans.update) as digesting:
@@ -135,8 +260,36 @@ def _uncompressed(
             hashing.put(chunk)
             first = -(-start // span_size) * span_size
             digesting.put((chunk, [(at, 0) for at in range(first, end, span_size)]))
+            _check_sizes(tar, end // span_size * _DIGEST)
     spans.finish()
     return encode_tarinfo(span_size, spans.size), diff.hexdigest()
+
+
+def _check_sizes(tar: TarParser, spans: int) -> None:
+    """Stop as soon as no ztoc can be made, not when the disk is full. `spans`: bytes they take in it."""
+    if tar.fed > MAX_ARCHIVE_SIZE or tar.tail > MAX_TAIL:
+        raise Unsupported(f"the layer has {tar.fed} bytes uncompressed, {tar.tail} after the tar's end")
+    if spans > MAX_SIZE:
+        raise Unsupported(
+            f"the ztoc would exceed {MAX_SIZE} bytes, its format's end; take a larger span size"
+        )
+
+
+class _Ring:
+    """Buffers for output, in turn: in one there is written, the others wait to be hashed."""
+
+    def __init__(self) -> None:
+        self._buffers = itertools.cycle([checkpoints.Buffer() for _ in range(BUFFERS)])
+        self._free = threading.Semaphore(BUFFERS)
+
+    def take(self) -> checkpoints.Buffer:
+        """The next; waits until it is free."""
+        self._free.acquire()
+        return next(self._buffers)
+
+    def give_back(self) -> None:
+        """The one that was taken first is free."""
+        self._free.release()
 
 
 class _SpanDigests:
@@ -180,12 +333,13 @@ class _SpanDigests:
 
 
 class _Beside(Generic[_T]):
-    """A thread that does `work` for each thing put, in order, while the caller goes on. Leaving waits for
-    it.
+    """A thread that does `work` for each thing put, in order, while the caller goes on; then `done`, whether
+    it could be done or not. Leaving waits for it.
     """
 
-    def __init__(self, work: Callable[[_T], None]) -> None:
+    def __init__(self, work: Callable[[_T], None], done: Callable[[], None] = lambda: None) -> None:
         self._work = work
+        self._done = done
         self._queue: queue.Queue[_T | None] = queue.Queue(QUEUE)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="index-digest")
@@ -213,3 +367,4 @@ class _Beside(Generic[_T]):
                     self._work(thing)
                 except BaseException as e:  # raised where the caller waits; until then the queue must drain
                     self._error = e
+            self._done()

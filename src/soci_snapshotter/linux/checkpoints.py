@@ -26,6 +26,8 @@ OUTPUT: Final = 1 << 20
 """Bytes: the most inflated by one call, and the size of the pieces handed on. Larger ones fall out of the
 cache."""
 
+_FULL: Final = WINDOW + OUTPUT
+
 
 class _Stream(ctypes.Structure):
     """z_stream up to data_type, which is where zng_stream differs, plus room for the larger of the two."""
@@ -107,11 +109,30 @@ class Point(NamedTuple):
     bits: int
 
 
+class Buffer:
+    """Room for the 32 KiB of output before a piece (zeros at first), and for the piece behind them."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(WINDOW + OUTPUT))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view))
+
+
 class Scanner:
     """Inflates one gzip layer and collects its checkpoints. Feed it in chunks, then `finish`."""
 
-    def __init__(self, span_size: int, library: Library) -> None:
-        """`span_size`: bytes of output after which the next block end becomes a checkpoint."""
+    def __init__(
+        self,
+        span_size: int,
+        library: Library,
+        *,
+        keep: Callable[[bytes], object],
+        take: Callable[[], Buffer] = Buffer,
+    ) -> None:
+        """`span_size`: bytes of output after which the next block end becomes a checkpoint.
+
+        `keep` is given each checkpoint as the version 2 blob has it, its window included. `take`: a buffer for
+        the next piece; it may be one that was taken before, once nobody reads that piece any more.
+        """
         if span_size < 1:
             raise Invalid(f"span size is {span_size}; it must be at least 1")
         self.points: list[Point] = []
@@ -120,11 +141,9 @@ class Scanner:
         self._lib = library
         self._stream = _Stream()
         self._ref = ctypes.byref(self._stream)
-        self._blob = bytearray()
-        self._buffer = bytearray(
-            WINDOW + OUTPUT
-        )  # the last 32 KiB of output (zeros at first), then new output
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
+        self._keep = keep
+        self._take = take
+        self._buffer = take()
         self._filled = WINDOW
         self._consumed = 0  # bytes of the chunks before this one
         self._produced = 0  # bytes of output before the buffer's new part
@@ -141,8 +160,9 @@ class Scanner:
     ) -> None:
         self._lib.end(self._ref)
 
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """The layer's next bytes; to be iterated to its end. Yields output in pieces of OUTPUT bytes.
+    def feed(self, chunk: bytes) -> Iterator[memoryview]:
+        """The layer's next bytes; to be iterated to its end. Yields output in pieces of OUTPUT bytes, each in a
+        buffer of its own.
 
         Integrity for what is not gzip, or not only gzip (zeros may follow the last member).
         """
@@ -154,10 +174,11 @@ class Scanner:
         while stream.avail_in or not (self._between or stream.avail_out):
             if self._between and not self._begin_member(chunk, size - stream.avail_in):
                 break
-            if self._filled == len(self._buffer):
-                yield self._flush()
-            room = len(self._buffer) - self._filled
-            stream.next_out = self._address + self._filled
+            if self._filled == _FULL:
+                yield self._piece()
+                self._change_buffer()
+            room = _FULL - self._filled
+            stream.next_out = self._buffer.address + self._filled
             stream.avail_out = room
             code = inflate(self._ref, _Z_BLOCK)
             self._filled += room - stream.avail_out
@@ -194,27 +215,29 @@ class Scanner:
         out = self._produced + self._filled - WINDOW
         if out == 0 or out - self.points[-1].out > self._span_size:
             self.points.append(Point(at, out, bits))
-            self._blob += POINT.pack(at, out, bits)
-            self._blob += memoryview(self._buffer)[self._filled - WINDOW : self._filled]
+            window = self._buffer.view[self._filled - WINDOW : self._filled]
+            self._keep(POINT.pack(at, out, bits) + window)
 
-    def _flush(self) -> bytes:
-        """The new output, leaving its last 32 KiB as the window."""
-        end = self._filled
-        with memoryview(self._buffer) as view:
-            piece = bytes(view[WINDOW:end])
-            view[:WINDOW] = bytes(view[end - WINDOW : end])
-        self._produced += len(piece)
+    def _piece(self) -> memoryview:
+        return self._buffer.view[WINDOW : self._filled]
+
+    def _change_buffer(self) -> None:
+        """Go on in the next one, with the last 32 KiB of this as the window."""
+        used, end = self._buffer, self._filled
+        self._buffer = self._take()
+        self._buffer.view[:WINDOW] = used.view[end - WINDOW : end]
+        self._produced += end - WINDOW
         self._filled = WINDOW
-        return piece
 
     def _refuse(self, size: int) -> None:
         at = self._consumed + size - self._stream.avail_in
         message = self._stream.msg.decode(errors="replace") if self._stream.msg else "no reason given"
         raise Integrity(f"the layer is not valid gzip at byte {at}: {message}")
 
-    def finish(self) -> tuple[bytes, bytes]:
-        """The last output, and the version 2 blob of checkpoints. Integrity if the stream is cut off."""
+    def finish(self) -> tuple[memoryview, bytes]:
+        """The last output, and what the version 2 blob has before its checkpoints. Integrity if the stream is
+        cut off.
+        """
         if not self._between or not self.points:
             raise Integrity(f"the gzip stream is cut off after {self._consumed} bytes")
-        rest = self._flush()
-        return rest, HEAD.pack(len(self.points), self._span_size) + self._blob
+        return self._piece(), HEAD.pack(len(self.points), self._span_size)
