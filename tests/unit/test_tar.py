@@ -168,12 +168,28 @@ def test_what_tarfile_writes_is_read(members: list[tarfile.TarInfo], form: int, 
 
 
 def test_prefixes_follow_the_magic() -> None:
-    """ustar has 155 bytes of prefix, star 131 of them, GNU and v7 none."""
+    """ustar has 155 bytes of prefix, star 131 of them, v7 none."""
     prefix = b"p" * 140
     assert one(header(prefix=prefix)).name == prefix + b"/f"
     assert one(header(prefix=prefix, trailer=b"tar\0")).name == prefix[:131] + b"/f"
-    assert one(header(prefix=prefix, magic=b"ustar  \0")).name == b"f"
     assert one(header(prefix=prefix, magic=bytes(8))).name == b"f"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        (b"usr/lib", b"usr/lib/f"),
+        (b"p" * 155, b"p" * 155 + b"/f"),
+        (b"12345670123\x00sub/dir", b"12345670123/f"),
+        (b"12345670123\x0012345670123\0", b"f"),
+        (b"\x80" + bytes(10) + b"\1", b"f"),
+        (b"usr/\xc3\xa9", b"f"),
+        (b"0123456 890 ", b"0123456 890 /f"),
+    ],
+)
+def test_a_prefix_in_gnu_format_is_read_as_go_reads_it(prefix: bytes, name: bytes) -> None:
+    """Go before 1.8 wrote a prefix where GNU has two times; what is no time, and ASCII, is a prefix."""
+    assert one(header(prefix=prefix, magic=b"ustar  \0")).name == name
 
 
 def test_without_magic_owners_and_devices_are_not_read() -> None:
