@@ -228,7 +228,7 @@ def test_credentials_are_checked_and_never_shown(tmp_path: Path, monkeypatch: py
     found = docker(
         tmp_path, "{" + auths + ', "credHelpers": {"cloud.test": "cloud-login"}, "credsStore": "box"}'
     )
-    assert found.level is Level.OK
+    assert found.level is Level.WARNING
     broken = docker(
         tmp_path, '{"auths": {"registry.test": {"auth": "' + secret + '"}}, "credHelpers": "' + secret + '"}'
     )
