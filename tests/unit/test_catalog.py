@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +326,21 @@ def test_removing_keeps_what_no_list_knows(soci: Soci) -> None:
     assert soci.blobs() == {unlisted, _ztoc(GNU), _ztoc(PIGZ), oci.EMPTY_JSON_DIGEST}
 
 
+def test_removing_keeps_what_another_namespace_lists(soci: Soci) -> None:
+    """The soci store is one for all namespaces: an index goes with the last of them that lists it."""
+    digest = soci.index(GNU)
+    with soci.artifacts() as artifacts:
+        (record,) = artifacts.all()
+        artifacts.add(dataclasses.replace(record, namespace="k8s.io"), only=False)
+    soci("index", "rm", digest)
+    assert soci("index", "ls", "-q") == ""
+    assert soci("--namespace", "k8s.io", "index", "ls", "-q").split() == [digest]
+    soci("rebuild-db")
+    assert soci("index", "ls", "-q") == ""  # it is k8s.io's
+    soci("--namespace", "k8s.io", "index", "rm", digest)
+    assert soci.blobs() == set()
+
+
 def test_removing_several(soci: Soci) -> None:
     """Unknown and malformed digests are one line, and the others are removed all the same; none is fine."""
     first, second, third = (soci.index(GNU, image=image) for image in "abc")
@@ -480,4 +495,3 @@ def test_file_goes_where_it_is_told(soci: Soci, tmp_path: Path, capsys: pytest.C
     assert "/nowhere/c.sock" in err
     assert output.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir() if path.name != "root"] == ["out"]
-    shutil.rmtree(soci.root)

@@ -124,7 +124,8 @@ class Catalog:
             raise NotFound(f"{digest}: no such SOCI index in {self._where()}; see: soci index list")
         for record in records:
             store = self._stores[record.store]
-            store.remove(digest, record.image_digest, self._blobs_of(store, digest))
+            if store.namespaced or not self._elsewhere(record):
+                store.remove(digest, record.image_digest, self._blobs_of(store, digest))
             self._artifacts.remove(digest, record.store, record.namespace)
         return [ListedIndex(record, (record.store,)) for record in records]
 
@@ -150,6 +151,14 @@ class Catalog:
             for record in self._artifacts.all()
             if record.store in self._stores and record.namespace == self._namespace
         ]
+
+    def _elsewhere(self, record: IndexRecord) -> bool:
+        """Whether another namespace lists the same index in the same store."""
+        return any(
+            (other.digest, other.store) == (record.digest, record.store)
+            and other.namespace != self._namespace
+            for other in self._artifacts.all()
+        )
 
     def _blobs_of(self, store: Blobs, digest: Digest) -> set[Digest]:
         """What the index names and would leave behind; nothing when it cannot be read any more."""

@@ -45,9 +45,10 @@ class Document:
 
 
 class Blobs(Protocol):
-    """A content store. `name` is what --content-store calls it."""
+    """A content store. `name` is what --content-store calls it; `namespaced`: each namespace has its own blobs."""
 
     name: str
+    namespaced: bool
 
     def has(self, digest: Digest) -> bool:
         """True when the whole blob is there."""
@@ -66,6 +67,7 @@ class ContainerdBlobs:
     """containerd's content store, of one namespace."""
 
     name = "containerd"
+    namespaced = True
 
     def __init__(self, client: ContainerdClient) -> None:
         self._content = client.content
@@ -80,7 +82,9 @@ class ContainerdBlobs:
 
     def documents(self) -> Iterator[Document]:
         """See Blobs. containerd does not keep media types, so all blobs of the size are looked at."""
-        for info in self._content.find():
+        # Whole first: containerd lists within a transaction of its database, for which a writer may wait, for
+        # which the reads below would.
+        for info in list(self._content.find()):
             if not _may_be_manifest(info.size):
                 continue
             try:
@@ -113,6 +117,7 @@ class DirectoryBlobs:
     """The snapshotter's own content store: `<root>/content`. The daemon keeps its ztocs there too."""
 
     name = "soci"
+    namespaced = False
 
     def __init__(self, root: Path) -> None:
         self._root = root / "content"
