@@ -29,6 +29,8 @@ class TokenService:
     login: tuple[str, str]
     refresh: str
     port: int = 0
+    closed: str = ""
+    """A repository that nobody gets access to."""
     asked: list[str] = field(default_factory=list)
     issued: list[str] = field(default_factory=list)
 
@@ -48,6 +50,8 @@ class TokenService:
         for scope in scopes.split() if allowed else []:
             kind, _, rest = scope.partition(":")
             name, _, actions = rest.rpartition(":")
+            if name == self.closed:
+                continue
             access.append({"type": kind, "name": name, "actions": actions.split(",")})
         now = int(time.time())
         der = subprocess.run(
@@ -129,7 +133,7 @@ def _handler(service: TokenService) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             query = parse_qs(urlsplit(self.path).query)
-            scope = query.get("scope", [""])[0]
+            scope = " ".join(query.get("scope", []))
             given = self.headers.get("Authorization", "")
             if not given:
                 service.asked.append(f"GET anonymous {scope}")

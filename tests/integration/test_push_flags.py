@@ -287,6 +287,22 @@ def test_a_wrong_refresh_token_is_not_shown(tokens: tuple[RunningRegistry, Token
     assert "MARKED" not in str(caught.value)
 
 
+def test_a_blob_is_taken_from_another_repository(tokens: tuple[RunningRegistry, TokenService]) -> None:
+    """A mount sends no bytes, with one token for both repositories; where that one is closed, the blob is sent."""
+    registry, service = tokens
+    data = b"mounted" * 1000
+    blob = Descriptor("application/octet-stream", digests.sha256(data), len(data))
+    flags = RegistryFlags(user=LOGIN)
+    upload(flags, f"{registry.host}/tok/from:1", data)
+    for closed, sent in (("", False), ("tok/from", True)):
+        service.closed = closed
+        target = reference.parse(f"{registry.host}/tok/to{len(closed)}:1")
+        with open_registry(flags, target) as client:
+            assert client.push_blob(target, blob, lambda: [data], mount_from="tok/from") is sent
+            assert client.exists(target, blob)
+    service.closed = ""
+
+
 # --- the command itself -----------------------------------------------------------------------------------------
 
 

@@ -203,7 +203,11 @@ class Authenticator:
             form = {**wanted, "grant_type": "refresh_token", "client_id": _CLIENT, "refresh_token": pair[1]}
             request = TokenRequest(realm, asked, form=urlencode(form).encode(), endpoint=endpoint)
         else:
-            query = urlencode({key: value for key, value in wanted.items() if value})
+            # By GET each scope is a parameter of its own, by POST they are one, separated by spaces.
+            query = urlencode(
+                [("service", wanted["service"])] * bool(wanted["service"])
+                + [("scope", each) for each in wanted["scope"].split()]
+            )
             address = realm + ("&" if urlsplit(realm).query else "?") + query
             basic = self._basic_header(scope.host) if known else None
             request = TokenRequest(address, asked, basic=basic, endpoint=endpoint)

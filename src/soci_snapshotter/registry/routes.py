@@ -129,6 +129,8 @@ class Router:
         for route in mirrors:
             try:
                 return attempt(route)
+            except Config:
+                raise  # a certificate that cannot be read is for the user to mend, not to step over
             except SociError as error:
                 self.blame(route, error)
         return attempt(last)

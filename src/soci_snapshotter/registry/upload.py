@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from urllib.parse import quote
 
-from soci_snapshotter.errors import Invalid, Remote
+from soci_snapshotter.errors import Invalid, NotFound, Remote
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci
 from soci_snapshotter.formats.digest import Digest
@@ -32,20 +32,17 @@ def blob(
     progress: Callable[[int], None] | None,
     mount_from: str = "",
 ) -> bool:
-    """Upload a blob; a broken upload starts over from POST. Remote when the registry takes it for another.
+    """Upload a blob; True if it was sent. Remote when the registry takes it for another.
 
+    A broken upload starts over from POST: the registries it was tried with (docker-registry 2.8, go-containerregistry)
+    have forgotten an upload whose request broke off, so there is nothing to resume but whole blobs.
     `mount_from` is a repository of the same registry that may have the blob already: then nothing is sent, and the
     answer is False. `progress` is told of bytes as they go, of a negative number when they have to go again.
     """
     session = route.session
-    what = f"upload of blob {descriptor.digest}"
-    path = "blobs/uploads/"
-    if mount_from:
-        path += f"?mount={descriptor.digest}&from={quote(mount_from, safe='')}"
 
     def attempt() -> bool:
-        started = route.call("POST", path, what, expected=_STARTED, actions=_ACTIONS, body=b"")
-        answer = session.request(started, _ANSWER)
+        started, answer = _start(route, descriptor, mount_from)
         if answer.status == 201:
             return False
         target = urls.follow(started.url, _location(answer, started), started.subject)
@@ -127,6 +124,20 @@ def _put(route: Route, data: bytes, media_type: str, name: str) -> Answer:
         body=data,
     )
     return route.session.request(call, _ANSWER)
+
+
+def _start(route: Route, descriptor: Descriptor, mount_from: str) -> tuple[Call, Answer]:
+    """Begin an upload; status 201 says that the blob was taken from `mount_from`."""
+    what = f"upload of blob {descriptor.digest}"
+    if mount_from and mount_from != route.repository:
+        path = f"blobs/uploads/?mount={descriptor.digest}&from={quote(mount_from, safe='')}"
+        mount = route.call("POST", path, what, expected=_STARTED, actions=_ACTIONS, body=b"")
+        try:
+            return mount, route.session.request(mount, _ANSWER)
+        except (Remote, NotFound):
+            pass  # this account may not read there, or the registry knows no mounts: then it is sent
+    start = route.call("POST", "blobs/uploads/", what, expected=frozenset({202}), actions=_ACTIONS, body=b"")
+    return start, route.session.request(start, _ANSWER)
 
 
 def _location(answer: Answer, call: Call) -> str:
