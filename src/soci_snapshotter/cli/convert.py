@@ -79,7 +79,8 @@ def _convert(
     root: Descriptor | Index,
 ) -> ConvertedImage:
     indexed = session.index(place, content, name, root)
-    converted = convert(content, root, indexed, session.build_tool, asked=not build.all_platforms)
+    asked = True if build.platforms else (False if build.all_platforms else None)
+    converted = convert(content, root, indexed, session.build_tool, asked=asked)
     for image, (descriptor, _, _) in zip(indexed, converted.platforms, strict=True):
         session.say(summary(image, descriptor.digest))
     return converted

@@ -88,7 +88,7 @@ def push_command(
         store = flags.store(client)
         pushed = 0
         missing: list[NotFound] = []
-        for image in find_images(client, str(reference), wanted):
+        for image in find_images(client, str(reference), wanted, implied=not platforms):
             try:
                 index = _index_of(flags, artifacts, store, image)
             except NotFound as error:  # with several platforms, one may have been too small to index

@@ -22,12 +22,16 @@ from soci_snapshotter.formats.sociindex import INDEX_DIGEST, INDEX_V2, MANIFEST_
 
 @dataclass(frozen=True, slots=True)
 class PlatformIndex:
-    """A SOCI index (its manifest's digest and size in bytes) of one image manifest, for one platform."""
+    """A SOCI index (its manifest's digest and size in bytes) of one image manifest, for one platform.
+
+    `exact`: the platform is as the image writes it, and not as somebody asked for it.
+    """
 
     manifest: Digest
     digest: Digest
     size: int
     platform: Platform
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +83,13 @@ def convert(
         renamed[entry.digest] = descriptor.digest
         entries.append(descriptor)
     for index in indexes:
-        _place(entries, _soci_entry(index, renamed))
+        _place(entries, _soci_entry(index, renamed), exact=index.exact)
     return Converted(tuple(documents), _root(root, entries))
 
 
 def single(descriptor: Descriptor, platform: Platform) -> Index:
-    """The index that an image without one becomes; its platform is the one its config names."""
-    entry = msgspec.structs.replace(descriptor, platform=platform.normalized())
+    """The index that an image without one becomes; `platform` is the one its config names, if none is known."""
+    entry = msgspec.structs.replace(descriptor, platform=descriptor.platform or platform.normalized())
     return Index(schema_version=2, media_type=oci.INDEX, manifests=(entry,))
 
 
@@ -130,12 +134,14 @@ def _soci_entry(index: PlatformIndex, renamed: Mapping[Digest, Digest]) -> Descr
     )
 
 
-def _place(entries: list[Descriptor], soci: Descriptor) -> None:
-    """Append the SOCI index, or put it where the one of the same platform stood."""
+def _place(entries: list[Descriptor], soci: Descriptor, *, exact: bool) -> None:
+    """Append the SOCI index, or put it where the one of the same platform stood; the same one stays as it is."""
     own = soci.platform.normalized() if soci.platform else None
     for position, entry in enumerate(entries):
         if _is_soci(entry) and entry.platform and own and entry.platform.normalized().same_as(own):
-            entries[position] = soci
+            again = entry.digest == soci.digest and not exact
+            kept = entry.platform if again else soci.platform
+            entries[position] = msgspec.structs.replace(soci, platform=kept)
             return
     entries.append(soci)
 

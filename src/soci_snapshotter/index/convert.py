@@ -42,12 +42,16 @@ def convert(
     indexed: Sequence[Indexed],
     build_tool: str,
     *,
-    asked: bool,
+    asked: bool | None,
 ) -> ConvertedImage:
-    """The converted image of `root`, which is in `content`. `asked`: its platforms were named, not found.
+    """The converted image of `root`, which is in `content`.
 
-    Raises Integrity when a manifest that was indexed is gone.
+    `asked`: its platforms were named, not found; None when nobody said anything, and then an image without an index
+    is for what it says. Raises Integrity when a manifest that was indexed is gone.
     """
+    listed = _listed(content, root)
+    if asked is None:
+        asked = listed is not None
     soci = tuple(soci_index(image, build_tool, version=2) for image in indexed)
     platforms = tuple(
         PlatformIndex(
@@ -55,6 +59,7 @@ def convert(
             blobs[-1].digest,
             blobs[-1].descriptor.size,
             _platform(image, asked=asked),
+            exact=not asked,
         )
         for image, blobs in zip(indexed, soci, strict=True)
     )
@@ -65,7 +70,10 @@ def convert(
         except NotFound:
             return None
 
-    converted = sociconvert.convert(_index(content, root, indexed), read, platforms)
+    if listed is None:
+        assert isinstance(root, Descriptor)  # noqa: S101 -- an Index is its own list
+        listed = sociconvert.single(root, indexed[0].image.config.platform)
+    converted = sociconvert.convert(listed, read, platforms)
     entries = {entry.digest: entry for entry in _entries(converted.root.data)}
     described = tuple(
         (
@@ -121,19 +129,19 @@ def _entries(root: bytes) -> tuple[Descriptor, ...]:
     return document.manifests if isinstance(document, Index) else ()
 
 
-def _index(content: ImageContent, root: Descriptor | Index, indexed: Sequence[Indexed]) -> Index:
+def _listed(content: ImageContent, root: Descriptor | Index) -> Index | None:
+    """The root's index of platforms; None when the root is an image."""
     if isinstance(root, Index):
         return root
     document = oci.decode_manifest(content.get(root, oci.MANIFEST_LIMIT))
-    if isinstance(document, Index):
-        return document
-    return sociconvert.single(root, indexed[0].image.config.platform)
+    return document if isinstance(document, Index) else None
 
 
 def _platform(image: Indexed, *, asked: bool) -> Platform:
-    """Platforms are asked for without a version of the system; the ones found keep theirs."""
-    platform = image.image.platform
-    return msgspec.structs.replace(platform, os_version="", os_features=()) if asked else platform
+    """Platforms are asked for without a version of the system; the ones found are as the index writes them."""
+    if not asked:
+        return image.image.listed or image.image.platform
+    return msgspec.structs.replace(image.image.platform, os_version="", os_features=())
 
 
 def _blob(document: Document) -> Blob:

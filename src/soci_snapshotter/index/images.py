@@ -9,26 +9,30 @@ from ..containerd.client import ContainerdClient
 from ..errors import Integrity, NotFound
 from ..formats import oci
 from ..formats.oci import Descriptor, Index, Manifest, Platform
-from ..formats.platforms import matching
 from .places import ContainerdContent, ImageContent
 
 
 @dataclass(frozen=True, slots=True)
 class LocalImage:
-    """One platform's image of a name: the manifest's descriptor, the manifest, and the config."""
+    """One platform's image of a name: the manifest's descriptor, the manifest, and the config.
+
+    `platform` is normalised; `listed` is as the index of platforms has it, None without one.
+    """
 
     name: str
     descriptor: Descriptor
     manifest: Manifest
     config: oci.ImageConfig
     platform: Platform
+    listed: Platform | None = None
 
 
 def find_images(
-    client: ContainerdClient, name: str, platforms: Sequence[Platform] | None
+    client: ContainerdClient, name: str, platforms: Sequence[Platform] | None, *, implied: bool = False
 ) -> list[LocalImage]:
     """images_of for a name that containerd knows; NotFound when it knows none."""
-    return images_of(ContainerdContent(client), client.images.get(name).target, name, platforms)
+    root = client.images.get(name).target
+    return images_of(ContainerdContent(client), root, name, platforms, implied=implied)
 
 
 def images_of(
@@ -41,8 +45,9 @@ def images_of(
 ) -> list[LocalImage]:
     """The images of `root` for these platforms, in this order; None means every platform that is there.
 
-    `implied`: nobody asked for the platforms, they are this machine's; an image without an index is taken whatever
-    it is for. Raises NotFound naming image and platform when there is none, or when its manifest was never pulled.
+    `implied`: nobody asked for the platforms, they are this machine's; then an image that runs on them will do, and
+    one without an index is taken whatever it is for. Raises NotFound naming image and platform when there is none,
+    or when its manifest was never pulled.
     """
     if isinstance(root, Descriptor):
         document = _read(content, name, root)
@@ -57,6 +62,8 @@ def images_of(
             entry = oci.select_platform(root, platform)
         except NotFound as error:
             raise NotFound(f"image {name}: {error}") from None
+        if not implied and entry.platform is not None and not entry.platform.normalized().same_as(platform):
+            raise NotFound(f"image {name}: no image for platform {platform}; the nearest is {entry.platform}")
         image = _load(content, name, entry, _manifest(content, name, entry))
         if image.descriptor.digest not in [other.descriptor.digest for other in found]:
             found.append(image)
@@ -72,7 +79,7 @@ def _single(
 ) -> LocalImage:
     image = _load(content, name, descriptor, manifest)
     for platform in platforms or ():
-        if not any(runs.same_as(image.platform) for runs in matching(platform)):
+        if not platform.normalized().same_as(image.platform):
             raise NotFound(f"image {name}: no image for platform {platform}; it is for {image.platform}")
     return image
 
@@ -103,7 +110,7 @@ def _load(content: ImageContent, name: str, descriptor: Descriptor, manifest: Ma
         )
     platform = (descriptor.platform or config.platform).normalized()
     bare = Descriptor(descriptor.media_type, descriptor.digest, descriptor.size)
-    return LocalImage(name, bare, manifest, config, platform)
+    return LocalImage(name, bare, manifest, config, platform, descriptor.platform)
 
 
 def _manifest(content: ImageContent, name: str, descriptor: Descriptor) -> Manifest:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
 from msgspec import Struct, field
 
-from ..errors import Integrity, Invalid, NotFound
+from ..errors import Integrity, Invalid, NotFound, Unsupported
 from ..formats import digest as digests
 from ..formats import jsonfmt, oci, sociindex
 from ..formats.digest import Digest
@@ -162,25 +163,30 @@ def root_of(place: LayoutPlace) -> Descriptor | Index:
     images = [entry for entry in top.manifests if entry.artifact_type != sociindex.INDEX_V1]
     if not images:
         raise Invalid(f"{place.path}: its {INDEX_FILE} names no image")
-    if len(images) == 1:
+    if len(images) == 1 and images[0].media_type not in oci.INDEX_TYPES:
         return images[0]
+    if len(images) == 1:
+        nested = oci.decode_manifest(LayoutContent(place).get(images[0], oci.MANIFEST_LIMIT))
+        if not isinstance(nested, Index):
+            raise Integrity(f"{place.path}: {images[0].digest} is announced as an index and is none")
+        return _present(place, nested) or images[0]
     names = {entry.annotations[_REF_NAME] for entry in images if _REF_NAME in entry.annotations}
     if any(entry.media_type in oci.INDEX_TYPES for entry in images) or len(names) > 1:
         raise Invalid(
             f"{place.path}: holds {len(images)} images; save the one to index in a layout of its own"
         )
-    present = tuple(entry for entry in images if place.find(entry.digest) is not None)
+    whole_list = msgspec.structs.replace(top, manifests=tuple(images), media_type=top.media_type or oci.INDEX)
+    return _present(place, whole_list) or whole_list
+
+
+def _present(place: LayoutPlace, index: Index) -> Descriptor | Index | None:
+    """What is left of a list of platforms when some were not saved; None when all were."""
+    present = tuple(entry for entry in index.manifests if place.find(entry.digest) is not None)
     if not present:
-        raise Invalid(f"{place.path}: none of the manifests that {INDEX_FILE} lists is in it")
+        raise Invalid(f"{place.path}: none of the manifests that it lists is in it")
     if len(present) == 1 and present[0].media_type in oci.MANIFEST_TYPES:
         return present[0]
-    return Index(
-        schema_version=2,
-        media_type=top.media_type or oci.INDEX,
-        manifests=present,
-        subject=top.subject,
-        annotations=top.annotations,
-    )
+    return None if len(present) == len(index.manifests) else msgspec.structs.replace(index, manifests=present)
 
 
 def listed(place: LayoutPlace) -> tuple[Descriptor, ...]:
@@ -200,7 +206,10 @@ def whole(place: LayoutPlace) -> list[Blob]:
 
 
 def _decode(place: LayoutPlace) -> Index:
-    document = oci.decode_manifest(place.index)
+    try:
+        document = oci.decode_manifest(place.index)
+    except (Integrity, Unsupported) as error:
+        raise type(error)(f"{place.path}: {INDEX_FILE}: {error}") from None
     if not isinstance(document, Index):
         raise Invalid(f"{place.path}: its {INDEX_FILE} is no image index")
     return document
