@@ -23,11 +23,11 @@ class IndexedLayer:
         compression: Compression = Compression.GZIP,
         step: int = 1 << 20,
     ) -> None:
-        self.layer = layer
         chunks = (layer[at : at + step] for at in range(0, len(layer), step))
         self.built: BuiltZtoc = build_ztoc(
             chunks, compression=compression, span_size=span_size, build_tool="tests"
         )
+        self.layer = layer
         self.ztoc = ztoc.decode(self.built.data)
         self.spans = span_table(self.ztoc, len(layer))
         self._decoded: dict[int, bytes] = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import subprocess
+import tarfile
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, fields, replace
@@ -19,6 +21,16 @@ from soci_snapshotter.formats.tree import build_tree, implicit_directories
 if TYPE_CHECKING:
     from tests.unit.indexed_layer import IndexedLayer
 
+TYPES = {
+    tarfile.REGTYPE: "reg",
+    tarfile.AREGTYPE: "reg",
+    tarfile.LNKTYPE: "hardlink",
+    tarfile.SYMTYPE: "symlink",
+    tarfile.CHRTYPE: "char",
+    tarfile.BLKTYPE: "block",
+    tarfile.DIRTYPE: "dir",
+    tarfile.FIFOTYPE: "fifo",
+}
 WHITEOUT = b".wh."
 
 
@@ -175,3 +187,28 @@ def compare(found: dict[bytes, Node], extracted: dict[bytes, Node]) -> None:
 
 def _base(path: bytes) -> bytes:
     return path.rpartition(b"/")[2]
+
+
+def check_files(layer: IndexedLayer, tar: bytes) -> None:
+    """Names, types, owners, link targets and content of every member, as Python's tarfile sees them."""
+    layer.check(tar)
+    entries = layer.ztoc.entries
+    if not tar:  # tarfile wants one block at least
+        assert entries == []
+        return
+    with tarfile.open(
+        fileobj=io.BytesIO(tar), mode="r:", encoding="utf-8", errors="surrogateescape"
+    ) as reader:
+        infos = reader.getmembers()
+        assert len(infos) == len(entries)
+        for info, entry in zip(infos, entries, strict=True):
+            # tarfile takes the slash off a directory's name
+            assert os.fsencode(info.name).rstrip(b"/") == entry.name.rstrip(b"/")
+            assert (TYPES[info.type], os.fsencode(info.linkname)) == (entry.type, entry.linkname)
+            assert (info.mode, info.uid, info.gid) == (entry.mode, entry.uid, entry.gid)
+            if info.ischr() or info.isblk():
+                assert (info.devmajor, info.devminor) == (entry.devmajor, entry.devminor)
+            if info.isreg():
+                file = reader.extractfile(info)
+                assert file is not None
+                assert layer.read(entry.offset, entry.size) == file.read()
