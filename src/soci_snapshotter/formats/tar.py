@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from zlib import adler32
 
 from soci_snapshotter.errors import Integrity, Unsupported
-from soci_snapshotter.formats.toc import BLOCK, MAX_ENTRIES, Entry
+from soci_snapshotter.formats.toc import BLOCK, MAX_ARCHIVE_SIZE, MAX_ENTRIES, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +51,13 @@ _TYPES: Final = {
     b"4": "block",
     b"5": "dir",
     b"6": "fifo",
+}
+_KNOWN_ODD: Final = {
+    b"g": "a global PAX header",
+    b"S": "a GNU sparse file",
+    b"D": "a GNU dump of a directory",
+    b"M": "a part of a file on several volumes",
+    b"V": "a volume label",
 }
 _PAX, _LONG_NAME, _LONG_LINK = b"x", b"L", b"K"
 _SPECIAL: Final = (_PAX, _LONG_NAME, _LONG_LINK)
@@ -233,12 +240,20 @@ class TarParser:
             raise Integrity(f"entry {entry.name!r:.120}: size is {entry.size}")
         for key, _ in entry.records:
             if key.startswith(b"GNU.sparse."):
+                name = (
+                    dict(entry.records).get(b"GNU.sparse.name") or entry.name
+                )  # the header has a made-up one
                 raise Unsupported(
-                    f"tar: entry {entry.name!r:.120} is a PAX sparse file, which no index can describe"
+                    f"tar: entry {name!r:.120} is a PAX sparse file, which no index can describe"
                 )
         if self._count >= MAX_ENTRIES:
             raise Unsupported(f"tar: more than {MAX_ENTRIES} entries")
         self._data_end = self._next + (entry.size if entry.type == "reg" else 0)
+        if self._data_end > MAX_ARCHIVE_SIZE:
+            raise Unsupported(
+                f"tar: entry {entry.name!r:.120} of {entry.size} bytes ends beyond {MAX_ARCHIVE_SIZE}, which no"
+                " reader of an index could serve"
+            )
         self._next = (self._data_end + BLOCK - 1) & -BLOCK
         self._count += 1
         self._last = entry.name
@@ -281,7 +296,7 @@ def _unusual(flag: bytes, name: bytes) -> str:
     """
     if flag == b"\0":
         return "dir" if name.endswith(b"/") else "reg"
-    what = "a global PAX header" if flag == b"g" else f"of the type {flag!r}"
+    what = _KNOWN_ODD.get(flag) or f"of the type {flag!r}"
     raise Unsupported(f"tar: entry {name!r:.120} is {what}, which no index can describe")
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MAX_ENTRIES: Final = 1 << 21
 """A decoded entry takes about 700 bytes; the largest layers seen have some 500,000. Four times that."""
 
+MAX_ARCHIVE_SIZE: Final = 512 << 32
+"""Bytes (2 TiB): EROFS numbers a layer's 512-byte blocks with 32 bits, so nothing larger can be served."""
+
 MAX_SHARING: Final = 4
 """Known builders share no strings, so what is decoded never exceeds the file. One that shared owner names,
 types and times would reach twice the file's size; beyond four times it is an amplification."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats.flatbuf import Table, read_string, u32
-from soci_snapshotter.formats.toc import MAX_ENTRIES, Entry, EntryReader
+from soci_snapshotter.formats.toc import MAX_ARCHIVE_SIZE, MAX_ENTRIES, Entry, EntryReader
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -22,9 +22,6 @@ __all__ = ["MAX_ARCHIVE_SIZE", "VERSION", "Compression", "Entry", "Ztoc", "decod
 
 VERSION: Final = "0.9"
 """What every known tool writes into `version`."""
-
-MAX_ARCHIVE_SIZE: Final = 512 << 32
-"""Bytes (2 TiB): EROFS numbers a layer's 512-byte blocks with 32 bits, so nothing larger can be served."""
 
 _DIGEST: Final = re.compile(rb"sha256:[0-9a-f]{64}")
 
