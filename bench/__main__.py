@@ -8,7 +8,7 @@ from typing import Protocol, cast
 
 from bench.result import Result, line, save
 
-MODULES = ("meta_build", "small_files", "memory", "demo")
+MODULES = ("meta_build", "toc_roundtrip", "index_layer", "index_image", "small_files", "memory", "demo")
 """In the order of a run of all: the short ones first."""
 
 

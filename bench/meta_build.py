@@ -18,7 +18,7 @@ _ENTRIES = 100_000
 
 def measure(names: tuple[str, ...], *, smoke: bool) -> Iterator[Result]:
     """CPU seconds of tree and image in one thread; the peer is the second that the project allows itself."""
-    entries, size = _entries(_ENTRIES)
+    entries, size = layer_entries(_ENTRIES)
     runs = []
     image = b""
     for _ in range(1 if smoke else 7):
@@ -37,7 +37,7 @@ def measure(names: tuple[str, ...], *, smoke: bool) -> Iterator[Result]:
     )
 
 
-def _entries(count: int) -> tuple[list[Entry], int]:
+def layer_entries(count: int) -> tuple[list[Entry], int]:
     """A layer of packages: of 13 entries 1 is a directory, 1 a symbolic link, 11 are files, nearly each with
     a time of its own (the worst case for reading times). And the tar's size.
     """

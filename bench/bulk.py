@@ -1,0 +1,191 @@
+"""Large layers, the same on every machine, for the benches of index building; kept under the cache.
+
+A layer is 20,000 files in 1.25 GB of tar, 500 MB compressed: a mean of 62 KB, most files of a few KB and some of
+many MB, as in an image of compilers and numeric libraries. Of ten files four are text, five are machine code or tables, one
+does not compress (an image, an archive).
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from harness import trees
+
+FILES, TAR_SIZE = 20_000, 1_240_000_000
+"""Of a whole layer; the bytes are content, without headers and padding."""
+
+COMPRESSORS = ("gzip", "pigz", "gzip", "pigz")
+"""What makes the layers 0 to 3: one stream, or (pigz) blocks that end at a byte each 128 KiB."""
+
+_VERSION = 1  # of what is made here; another one makes the layers again
+_POOL = 8 << 20  # bytes of each kind to take files from: far more than deflate looks back
+_LARGEST = 6 << 20  # of one piece of content; a larger file repeats it
+
+_PART_FILES, _PART_FILE, _REPEATS = 2000, 32 << 10, 100
+"""Files in what repeats, bytes of each (whole blocks), and how often it comes."""
+
+_SIGMA = 2.2
+"""Of the log-normal sizes: half of the files under a tenth of the mean."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A gzip layer on disk: its digests, sizes in bytes, and how many regular files it has."""
+
+    path: str
+    digest: str
+    diff_id: str
+    size: int
+    tar_size: int
+    files: int
+
+
+def cache() -> Path:
+    """Where layers are kept from one run to the next: .cache of the checkout, or $XDG_CACHE_HOME."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    root = Path(base) / "soci-snapshotter" if base else Path(__file__).resolve().parent.parent / ".cache"
+    return root / "bench"
+
+
+def layer(number: int, *, smoke: bool = False) -> Blob:
+    """Layer `number`, made when it is not there yet (a minute). `smoke`: a hundredth of it."""
+    share = 100 if smoke else 1
+    return _kept(f"layer{number}", lambda blob: _make(blob, number, FILES // share, TAR_SIZE // share), smoke)
+
+
+def repetitive(*, smoke: bool = False) -> Blob:
+    """A tar of 6.6 GB with 200,000 files whose blob is small: what repeats is compressed once."""
+    return _kept("repetitive", lambda blob: _make_repetitive(blob, 2 if smoke else _REPEATS), smoke)
+
+
+def _kept(name: str, make: Callable[[Path], Blob], smoke: bool) -> Blob:
+    home = cache() / f"{name}-{_VERSION}{'-smoke' if smoke else ''}"
+    record = home / "layer.json"
+    if not record.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        partial = home / "layer.json.part"
+        partial.write_text(json.dumps(asdict(make(home / "blob"))))
+        partial.rename(record)  # only now the blob counts
+    return Blob(**json.loads(record.read_text()) | {"path": str(home / "blob")})
+
+
+def _make_repetitive(target: Path, repeats: int) -> Blob:
+    """Equal gzip members, each with so many whole entries of the tar, and one with the tar's end."""
+    part = bytearray()
+    for number in range(_PART_FILES):
+        info = _member(f"usr/share/part/file_{number:04}.txt", tarfile.REGTYPE, 0o644, _PART_FILE)
+        part += info.tobuf(tarfile.USTAR_FORMAT)
+        part += (b"entry %04d of a table " % number * (_PART_FILE // 16))[:_PART_FILE]
+    end = bytes(1024)
+    member = gzip.compress(part, 6, mtime=0)
+    plain = hashlib.sha256()
+    with open(target, "wb") as out:
+        for _ in range(repeats):
+            out.write(member)
+            plain.update(part)
+        out.write(gzip.compress(end, mtime=0))
+        plain.update(end)
+    with open(target, "rb") as blob:
+        digest = hashlib.file_digest(blob, "sha256").hexdigest()
+    size, diff_id = len(part) * repeats + len(end), f"sha256:{plain.hexdigest()}"
+    return Blob(str(target), f"sha256:{digest}", diff_id, target.stat().st_size, size, _PART_FILES * repeats)
+
+
+def _make(target: Path, number: int, files: int, size: int) -> Blob:
+    command = [COMPRESSORS[number % len(COMPRESSORS)], "-n", "-c"]
+    with open(target, "wb") as out:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out)
+        if process.stdin is None:
+            raise RuntimeError("no pipe")
+        with process.stdin as pipe:
+            sink = _Tee(pipe)
+            with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20) as archive:
+                for info, content in _members(number, files, size):
+                    archive.addfile(info, content)
+        if process.wait():
+            raise RuntimeError(f"{command[0]}: exit {process.returncode}")
+    with open(target, "rb") as blob:
+        digest = hashlib.file_digest(blob, "sha256").hexdigest()
+    diff_id = f"sha256:{sink.hash.hexdigest()}"
+    return Blob(str(target), f"sha256:{digest}", diff_id, target.stat().st_size, sink.size, files)
+
+
+class _Tee:
+    """Writes on, and hashes what goes through."""
+
+    def __init__(self, out: io.BufferedIOBase | io.RawIOBase) -> None:
+        self._out = out
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        self._out.write(data)
+        return len(data)
+
+
+def _members(number: int, files: int, size: int) -> Iterator[tuple[tarfile.TarInfo, io.BytesIO | None]]:
+    draw = random.Random(f"layer {number}")
+    pools = (_text(draw), _code(draw), draw.randbytes(_POOL))
+    weights = [draw.lognormvariate(0, _SIGMA) for _ in range(files)]
+    scale = size / sum(weights)
+    known: set[str] = set()
+    for (path, _), weight in zip(trees.entries(files, seed=number + 1), weights, strict=True):
+        parts = path.split("/")[:-1]
+        for depth in range(1, len(parts) + 1):
+            parent = "/".join(parts[:depth])
+            if parent not in known:
+                known.add(parent)
+                yield _member(parent, tarfile.DIRTYPE, 0o755, 0), None
+        length = int(weight * scale)
+        pool = draw.choices(pools, (4, 5, 1))[0]
+        piece = min(length, _LARGEST)
+        start = draw.randrange(len(pool) - piece + 1)
+        content = pool[start : start + piece]
+        whole = content * (length // piece + 1) if length > piece else content
+        yield _member(path, tarfile.REGTYPE, 0o644, length), io.BytesIO(whole[:length])
+
+
+def _member(name: str, kind: bytes, mode: int, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    # Each directory's package was built at another time.
+    member.mtime = 1_700_000_000 + len(name.rpartition("/")[0]) * 7919
+    member.type, member.mode, member.size, member.uname, member.gname = kind, mode, size, "root", "root"
+    return member
+
+
+def _text(draw: random.Random) -> bytes:
+    """Words of which a few are very frequent: compresses to a third."""
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    words = ["".join(draw.choices(letters, range(26, 0, -1), k=draw.randint(2, 9))) for _ in range(3000)]
+    totals = list(accumulate(1 / (rank + 1) for rank in range(len(words))))
+    lines: list[str] = []
+    length = 0
+    while length < _POOL:
+        line = "    " * draw.randint(0, 3) + " ".join(draw.choices(words, cum_weights=totals, k=8)) + "\n"
+        lines += [line] * (1 + (draw.random() < 0.1))
+        length += len(line)
+    return "".join(lines).encode()[:_POOL]
+
+
+def _code(draw: random.Random) -> bytes:
+    """Instructions out of a vocabulary, with operands that vary: compresses to two fifths."""
+    vocabulary = [draw.randbytes(draw.randint(4, 12)) for _ in range(900)]
+    totals = list(accumulate(1 / (rank + 2) for rank in range(len(vocabulary))))
+    parts: list[bytes] = []
+    length = 0
+    while length < _POOL:
+        parts += draw.choices(vocabulary, cum_weights=totals, k=3)
+        parts.append(draw.randbytes(1) + bytes(3))
+        length += sum(map(len, parts[-4:]))
+    return b"".join(parts)[:_POOL]
