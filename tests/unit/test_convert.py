@@ -344,3 +344,48 @@ def test_a_manifest_that_is_gone_is_no_conversion() -> None:
         sociconvert.convert(root, lambda _: b"", [other])
     with pytest.raises(Invalid):
         sociconvert.convert(root, lambda _: b"", [])
+
+
+def test_prefetch_artifacts_go_into_the_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Paths from flags and a list become one artifact per layer, named in the index; a path nobody has is a warning."""
+    target = tmp_path / "out"
+    names = tmp_path / "names.json"
+    names.write_text('["./bin/*"]')
+    flags = ["--min-layer-size", "0", "--span-size", "1024", "--format", "oci-dir"]
+    flags += ["--prefetch-file", "/b", "--prefetch-file", "nowhere", "--prefetch-files-json", str(names)]
+    assert run(["convert", "--standalone", *flags, str(VECTORS / "convert" / "multi"), str(target)]) == 0
+    assert "prefetch: /nowhere: in no layer" in capsys.readouterr().err
+    blobs = blobs_of(target)
+    root = json.loads(blobs[str(root_of(target)["digest"])])
+    index = json.loads(blobs[root["manifests"][-1]["digest"]])
+    ztocs = [entry for entry in index["layers"] if entry["mediaType"] == "application/octet-stream"]
+    artifacts = [entry for entry in index["layers"] if entry not in ztocs]
+    layers = [entry["annotations"]["com.amazon.soci.image-layer-digest"] for entry in ztocs]
+    assert index["layers"] == ztocs + artifacts
+    assert [entry["annotations"] for entry in artifacts] == [
+        {"com.amazon.soci.image-layer-digest": layer} for layer in layers
+    ]
+    for entry in artifacts:
+        assert entry["mediaType"] == "application/vnd.amazon.soci.prefetch.v1+json"
+        document = json.loads(blobs[entry["digest"]])
+        assert document["version"] == "1.0"
+        assert document["prefetch_spans"]
+
+
+@pytest.mark.parametrize("content", [None, "{}", '["a", 1]', "[", '"a"'])
+def test_a_bad_list_of_paths_is_named(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A list that is missing or no JSON array of strings is one line naming flag and file."""
+    names = tmp_path / "names.json"
+    if content is not None:
+        names.write_text(content)
+    target = tmp_path / "out"
+    source = VECTORS / "convert" / "multi"
+    assert (
+        run(["convert", "--standalone", "--prefetch-files-json", str(names), str(source), str(target)]) == 1
+    )
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"--prefetch-files-json {names}" in error
+    assert not target.exists()

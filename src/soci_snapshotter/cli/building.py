@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from ..errors import Invalid, Unsupported
+from ..formats import prefetch
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor, Index, Platform
 from ..index.create import (
@@ -29,8 +31,10 @@ from ..index.create import (
 from ..index.images import images_of
 from ..index.known import known_ztocs
 from ..index.places import ImageContent, Place
+from ..index.prefetch import Prefetched, PrefetchRequest
 from ..index.sinks import Store
 from ..index.workers import Built, Outcome
+from ..policy.prefetchset import Wanted
 from ..store.artifacts import Artifacts
 from .context import Bytes, Globals, wanted_platforms
 from .progress import Meter, Task, metering
@@ -48,6 +52,9 @@ class BuildFlags:
     min_layer_size: int
     optimizations: tuple[str, ...]
     force: bool
+    prefetch_files: tuple[str, ...]
+    prefetch_files_json: Path | None
+    prefetch_auto: bool
     quiet: bool
     build_tool: str
     standalone: bool
@@ -65,7 +72,14 @@ class BuildFlags:
             min_layer_size=self.min_layer_size,
             optimizations=frozenset(self.optimizations),
             build_tool=self.build_tool,
+            prefetch=self._prefetch(),
         )
+
+    def _prefetch(self) -> PrefetchRequest:
+        paths = prefetch.paths(self.prefetch_files)
+        if self.prefetch_files_json is not None:
+            paths = (*paths, *_listed(self.prefetch_files_json))
+        return PrefetchRequest(tuple(map(Wanted, paths)), self.prefetch_auto)
 
     def wanted(self) -> list[Platform] | None:
         """The platforms; None for all."""
@@ -107,6 +121,24 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option("--force", "-f", is_flag=True, help="Make ztocs again that are there already."),
     click.option(
+        "--prefetch-file",
+        "prefetch_files",
+        multiple=True,
+        metavar="PATH",
+        help="A file, directory or glob of the image to fetch first; may be repeated.",
+    ),
+    click.option(
+        "--prefetch-files-json",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A JSON array of such paths.",
+    ),
+    click.option(
+        "--prefetch-auto",
+        is_flag=True,
+        help="Fetch first what the image's own program is made of: it, its interpreter and their libraries.",
+    ),
+    click.option(
         "--build-tool",
         default=BUILD_TOOL,
         show_default=True,
@@ -120,6 +152,18 @@ _OPTIONS: tuple[Callable[..., Any], ...] = (
         "--from-registry", is_flag=True, help="Read from the registry and push the result; no containerd."
     ),
 )
+
+
+def _listed(path: Path) -> tuple[bytes, ...]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(prefetch.MAX_LIST + 1)
+    except OSError as error:
+        raise Invalid(f"--prefetch-files-json {path}: {error.strerror}") from None
+    try:
+        return prefetch.decode_list(data)
+    except Invalid as error:
+        raise Invalid(f"--prefetch-files-json {path}: {error}") from None
 
 
 class Session:
@@ -177,12 +221,21 @@ class Session:
                 continue
             for skipped in done.skipped:
                 self.say(f"layer {skipped.layer.digest} skipped: {skipped.why}")
+            self._report(done.prefetch)
             indexed.append(done)
         if not indexed:
             raise refused[0]
         for refusal in refused:
             self.say(f"skipped: {refusal}")
         return indexed
+
+    def _report(self, done: Prefetched) -> None:
+        for warning in done.warnings:
+            print(f"soci: warning: prefetch: {warning}", file=sys.stderr)
+        for descriptor, _ in done.artifacts:
+            self.say(f"layer {descriptor.layer_digest} -> prefetch {descriptor.digest}")
+        if done.artifacts:
+            self.say(f"prefetch: {done.files} files, {done.size} bytes")
 
     def advance(self, layer: Digest, count: int, state: str) -> None:
         """So many bytes of a layer are done."""

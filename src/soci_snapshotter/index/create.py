@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import Invalid, NotFound, SociError, Unsupported
@@ -16,11 +16,12 @@ from ..formats import oci, sociindex
 from ..formats import ztoc as ztocs
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor
-from ..formats.sociindex import PrefetchDescriptor, ZtocDescriptor
+from ..formats.sociindex import ZtocDescriptor
 from ..formats.ztoc import Compression
 from .images import LocalImage
 from .outputs import Blob, document
 from .places import ImageContent, Place
+from .prefetch import Prefetched, PrefetchRequest, prefetch_artifacts
 from .workers import Built, Job, Outcome, Refused, Told, build_all
 
 # What the Go tool uses; a span is one request of a lazy start.
@@ -51,6 +52,7 @@ class CreateOptions:
     min_layer_size: int = DEFAULT_MIN_LAYER_SIZE
     build_tool: str = BUILD_TOOL
     optimizations: frozenset[str] = frozenset()
+    prefetch: PrefetchRequest = field(default_factory=PrefetchRequest)
     workers: int = 0
 
     def worker_count(self) -> int:
@@ -60,11 +62,12 @@ class CreateOptions:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A layer that gets no ztoc, and why. `odd` when it could not have one, rather than need not."""
+    """A layer that gets no ztoc, and why. `odd`: it could not have one; `small`: it need not."""
 
     layer: Descriptor
     why: str
     odd: bool = False
+    small: bool = False
 
     def __str__(self) -> str:
         return f"layer {self.layer.digest}: {self.why}" if self.odd else self.why
@@ -78,7 +81,7 @@ class Indexed:
     ztocs: tuple[ZtocDescriptor, ...]
     files: dict[Digest, Path]
     skipped: tuple[Skipped, ...]
-    prefetch: tuple[tuple[PrefetchDescriptor, bytes], ...] = ()
+    prefetch: Prefetched
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def why_skipped(layer: Descriptor, min_layer_size: int) -> Skipped | None:
     if compression not in _COMPRESSIONS:
         return Skipped(layer, f"{compression} is not indexed yet", odd=True)
     if layer.size < min_layer_size:
-        return Skipped(layer, f"smaller than --min-layer-size {min_layer_size}")
+        return Skipped(layer, f"smaller than --min-layer-size {min_layer_size}", small=True)
     return None
 
 
@@ -124,7 +127,40 @@ def index_image(
     wanted = [position for position in range(len(layers)) if position not in skipped]
     if not wanted:
         raise nothing_to_index(image, list(skipped.values()))
-    files: dict[Digest, Path] = {}
+    # What is prefetched depends on the small layers too; their ztocs are not published.
+    small = [n for n, skip in skipped.items() if skip.small] if options.prefetch else []
+    quiet = Hooks(hooks.told, known=hooks.known)
+    built = _build(place, content, image, wanted, options, scratch, hooks)
+    built = {**_build(place, content, image, small, options, scratch, quiet), **built}
+    described = []
+    for position in wanted:
+        outcome = built[layers[position].digest]
+        if isinstance(outcome, Refused):
+            skipped[position] = Skipped(layers[position], outcome.why, odd=True)
+        else:
+            described.append(_describe(layers[position], outcome, options))
+    if not described:
+        raise nothing_to_index(image, list(skipped.values()))
+    files = {outcome.digest: outcome.output for outcome in built.values() if isinstance(outcome, Built)}
+    found = Prefetched((), (), 0, 0)
+    if options.prefetch:
+        by_layer = {layer: outcome.output for layer, outcome in built.items() if isinstance(outcome, Built)}
+        indexed = frozenset(each.layer_digest for each in described)
+        found = prefetch_artifacts(content, image, by_layer, indexed, options.prefetch)
+    return Indexed(image, tuple(described), files, tuple(skip for _, skip in sorted(skipped.items())), found)
+
+
+def _build(
+    place: Place,
+    content: ImageContent,
+    image: LocalImage,
+    wanted: Sequence[int],
+    options: CreateOptions,
+    scratch: Path,
+    hooks: Hooks,
+) -> dict[Digest, Outcome]:
+    """What became of each of these layers: known from earlier, or built now."""
+    layers = image.manifest.layers
     built = _known(image, wanted, options, scratch, hooks)
     missing = [position for position in wanted if layers[position].digest not in built]
     for position in missing:
@@ -134,17 +170,7 @@ def index_image(
     for outcome in build_all(jobs, options.worker_count(), hooks.told) if jobs else ():
         built[outcome.layer] = outcome
         hooks.outcome(outcome)
-    described = []
-    for position in wanted:
-        outcome = built[layers[position].digest]
-        if isinstance(outcome, Refused):
-            skipped[position] = Skipped(layers[position], outcome.why, odd=True)
-        else:
-            described.append(_describe(layers[position], outcome, options))
-            files[outcome.digest] = outcome.output
-    if not described:
-        raise nothing_to_index(image, list(skipped.values()))
-    return Indexed(image, tuple(described), files, tuple(skip for _, skip in sorted(skipped.items())))
+    return built
 
 
 def nothing_to_index(image: LocalImage, skipped: Sequence[Skipped]) -> SociError:
@@ -157,11 +183,11 @@ def nothing_to_index(image: LocalImage, skipped: Sequence[Skipped]) -> SociError
 def soci_index(indexed: Indexed, build_tool: str, *, version: int) -> tuple[Blob, ...]:
     """The blobs of the image's SOCI index (version 1 or 2), the index manifest last."""
     subject = indexed.image.descriptor if version == 1 else None
-    artifacts = tuple(descriptor for descriptor, _ in indexed.prefetch)
+    artifacts = tuple(descriptor for descriptor, _ in indexed.prefetch.artifacts)
     manifest = sociindex.build(subject, indexed.ztocs, build_tool, artifacts)
     config = document(sociindex.INDEX_V1 if version == 1 else sociindex.INDEX_V2, oci.EMPTY_JSON)
     needed = [Blob(ztoc.descriptor(), indexed.files[ztoc.digest]) for ztoc in indexed.ztocs]
-    needed += [Blob(descriptor.descriptor(), data) for descriptor, data in indexed.prefetch]
+    needed += [Blob(descriptor.descriptor(), data) for descriptor, data in indexed.prefetch.artifacts]
     distinct = list({blob.digest: blob for blob in needed}.values())
     refs = [("config", config.digest)]
     refs += [(f"ztoc.{position}", blob.digest) for position, blob in enumerate(needed)]

@@ -79,6 +79,12 @@ class LayoutContent:
             )
         return _read(span)
 
+    def read_range(self, descriptor: Descriptor, offset: int, size: int) -> Iterator[bytes]:
+        """See ImageContent."""
+        span = self._find(descriptor)
+        left = min(size, span.size - offset)
+        return _read(_Span(span.path, span.offset + offset, left)) if left > 0 else iter(())
+
     def _find(self, descriptor: Descriptor) -> _Span:
         span = self._place.find(descriptor.digest)
         if span is None:

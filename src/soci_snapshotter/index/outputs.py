@@ -6,15 +6,22 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..errors import Integrity
 from ..formats import digest as digests
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor
-from .places import ImageContent
 
 # One read of a file on its way to a store.
 _PIECE = 1 << 20
+
+
+class Origin(Protocol):
+    """Where a blob that exists already is read from."""
+
+    def read(self, descriptor: Descriptor) -> Iterator[bytes]:
+        """Its bytes in pieces, unchecked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,7 @@ class Blob:
     """
 
     descriptor: Descriptor
-    body: bytes | Path | ImageContent
+    body: bytes | Path | Origin
     refs: tuple[tuple[str, Digest], ...] = ()
 
     @property
@@ -63,7 +70,7 @@ def file_pieces(path: Path, offset: int) -> Iterator[bytes]:
             yield piece
 
 
-def _checked(content: ImageContent, descriptor: Descriptor) -> Iterator[bytes]:
+def _checked(content: Origin, descriptor: Descriptor) -> Iterator[bytes]:
     hasher = hashlib.new(descriptor.digest.algorithm)
     size = 0
     for piece in content.read(descriptor):

@@ -36,6 +36,9 @@ class ImageContent(Protocol):
     def read(self, descriptor: Descriptor) -> Iterator[bytes]:
         """A blob's bytes in pieces of about a MiB. Not necessarily checked: whoever reads hashes."""
 
+    def read_range(self, descriptor: Descriptor, offset: int, size: int) -> Iterator[bytes]:
+        """`size` (above 0) of its bytes from `offset` on, in pieces, fewer only where it ends. Unchecked."""
+
 
 class Place(Protocol):
     """How to open an ImageContent; picklable."""
@@ -65,6 +68,10 @@ class ContainerdContent:
     def read(self, descriptor: Descriptor) -> Iterator[bytes]:
         """See ImageContent."""
         return self._content.read(descriptor.digest)
+
+    def read_range(self, descriptor: Descriptor, offset: int, size: int) -> Iterator[bytes]:
+        """See ImageContent."""
+        return self._content.read(descriptor.digest, offset, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,17 @@ class RegistryContent:
 
     def read(self, descriptor: Descriptor) -> Iterator[bytes]:
         """See ImageContent. A connection that breaks is opened again where it broke."""
-        at, tries = 0, 0
+        return self._read(descriptor, 0)
+
+    def read_range(self, descriptor: Descriptor, offset: int, size: int) -> Iterator[bytes]:
+        """See ImageContent. The rest of the answer is thrown away with its connection."""
+        pieces = self._read(descriptor, offset)
+        while size > 0 and (piece := next(pieces, b"")):
+            yield piece[:size]
+            size -= len(piece)
+
+    def _read(self, descriptor: Descriptor, offset: int) -> Iterator[bytes]:
+        at, tries = offset, 0
         while True:
             before = at
             try:
