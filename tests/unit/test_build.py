@@ -117,7 +117,7 @@ def contents(draw: st.DrawFn) -> bytes:
     return (unit * draw(st.sampled_from([1, 2, 100])))[: draw(st.integers(0, 200_000))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 @given(
     st.dictionaries(NAMES, contents(), max_size=5),
     st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -157,7 +157,7 @@ def test_any_tar_in_any_gzip_is_usable(
     ]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 @given(st.dictionaries(NAMES, contents(), max_size=4), st.integers(500, 1 << 20), st.integers(1, 100_000))
 def test_any_uncompressed_tar_is_usable(files: dict[str, bytes], span_size: int, step: int) -> None:
     """The same for layers that are not compressed, whatever the chunks and the span size."""
