@@ -1,8 +1,8 @@
 """Large layers, the same on every machine, for the benches of index building; kept under the cache.
 
 A layer is 20,000 files in 1.25 GB of tar, 500 MB compressed: a mean of 62 KB, most files of a few KB and some of
-many MB, as in an image of compilers and numeric libraries. Of ten files four are text, five are machine code or tables, one
-does not compress (an image, an archive).
+many MB, as in an image of compilers and numeric libraries. Of ten files four are text, five are machine code or
+tables, and one does not compress.
 """
 
 import gzip

@@ -19,7 +19,7 @@ def measure(names: tuple[str, ...], *, smoke: bool) -> Iterator[Result]:
     """
     blobs = [bulk.layer(number, smoke=smoke) for number in range(_LAYERS)]
     with indexing.image(blobs) as layout:
-        runs = interleaved(lambda: indexing.ours(layout), lambda: indexing.peer(blobs), 1 if smoke else 5)
+        runs = interleaved(lambda: indexing.ours(layout), lambda: indexing.peer(blobs), 1 if smoke else 3)
         memory = indexing.memory(layout)
     yield smaller_is_better(
         names[0],

@@ -1,6 +1,5 @@
 """index-layer: one large layer to its index; index-memory: what that takes, and what a far larger one takes."""
 
-import gc
 from collections.abc import Iterator
 
 from bench import bulk, indexing
@@ -44,7 +43,6 @@ def _time(*, smoke: bool) -> Result:
 def _memory(*, smoke: bool) -> Result:
     """The largest process's peak, over a tar of many GB that is small compressed; the peer is the limit."""
     blob = bulk.repetitive(smoke=smoke)
-    gc.collect()
     with indexing.image([blob]) as layout:
         found = [indexing.memory(layout) for _ in range(1 if smoke else 3)]
     return smaller_is_better(

@@ -71,9 +71,13 @@ def image(blobs: Sequence[bulk.Blob]) -> Iterator[Path]:
 def ours(layout: Path) -> float:
     """Seconds of `soci create` over the layout, to the index in it, from exec to exit."""
     started = time.monotonic()
-    with _start(layout) as process:
-        _finish(process)
-    return time.monotonic() - started
+    done = subprocess.run(
+        _command(layout), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    took = time.monotonic() - started
+    if done.returncode or not done.stdout.startswith("sha256:"):
+        raise RuntimeError(f"soci create: exit {done.returncode}, {done.stdout!r} {done.stderr!r}")
+    return took
 
 
 def peer(blobs: Sequence[bulk.Blob]) -> float:
@@ -94,49 +98,48 @@ def peer(blobs: Sequence[bulk.Blob]) -> float:
 
 def memory(layout: Path) -> Memory:
     """What `soci create` takes over the layout, its workers included; not to be timed."""
+    command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *_command(layout)]
     together = 0.0
-    with _start(layout) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as launcher:
         ended = threading.Event()
 
         def sample() -> None:
             nonlocal together
             while not ended.wait(_SAMPLE_S):
-                together = max(together, sum(map(_pss, _session(process.pid))))
+                together = max(together, sum(map(_pss, _session(launcher.pid))))
 
         sampler = threading.Thread(target=sample)
         sampler.start()
         try:
-            # wait4(2): of the process and of the children it has waited for, the largest.
-            usage = _finish(process)
+            said = launcher.communicate()[0]
         finally:
             ended.set()
             sampler.join()
-    return Memory(usage / 1e6, together / 1e6)
+    if launcher.returncode:
+        raise RuntimeError(f"soci create: exit {launcher.returncode}")
+    return Memory(int(said) * 1024 / 1e6, together / 1e6)
 
 
-def _start(layout: Path) -> subprocess.Popen[str]:
+_LAUNCHER = """
+import os, resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+"""A process's peak begins with its parent's size (exec keeps it), so the parent must be a small one. The children's
+peak is that of the largest, and the children of children count that were waited for (getrusage(2))."""
+
+
+def _command(layout: Path) -> list[str]:
     program = str(Path(sys.executable).parent / "soci")
-    command = [program, "create", "--quiet", "--standalone", "--min-layer-size", "0", str(layout)]
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def _finish(process: subprocess.Popen[str]) -> int:
-    """Waits; the peak resident set in bytes."""
-    said = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or not said.startswith("sha256:"):
-        raise RuntimeError(f"soci create: exit {process.returncode}, {said!r}")
-    return usage.ru_maxrss * 1024
+    return [program, "create", "--quiet", "--standalone", "--min-layer-size", "0", str(layout)]
 
 
 def _session(leader: int) -> list[int]:
-    """The processes of the session that `leader` began (field 6 of proc_pid_stat(5))."""
+    """The processes of the session that `leader` began (field 6 of proc_pid_stat(5)), without itself."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and int(entry.name) != leader:
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:  # it has ended
