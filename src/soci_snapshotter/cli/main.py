@@ -23,11 +23,15 @@ from .context import Globals, duration
 
 DEFAULT_ROOT = "/var/lib/soci-snapshotter-grpc/"
 
+# nerdctl takes the first number of --version for the Go tool's, and converts images with 0.10.0 and later only.
+_AS_GO = "0.12.0"
+
 # click's own name for the variable by which a completion script asks.
 COMPLETE_VARIABLE = "_SOCI_COMPLETE"
 
-# What a shell reports for a program that SIGINT ended.
+# What a shell reports for a program that SIGINT, or SIGTERM, ended.
 _INTERRUPTED = 130
+_TERMINATED = 143
 # The operating system refused: no file of ours is at fault, so no class in errors.py has it.
 _SYSTEM = 10
 
@@ -46,7 +50,12 @@ Exit codes:
     9  a registry or containerd did not answer, or refused
    10  the operating system refused (full disk, permissions)
   130  interrupted
+  143  terminated (SIGTERM)
 """
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: workers and temporary files go with it."""
 
 
 class _Commands(click.Group):
@@ -122,7 +131,9 @@ class _Commands(click.Group):
     show_default=True,
     help="The snapshotter's directory, with the list of indexes.",
 )
-@click.version_option(__version__, "--version", message="soci %(version)s")
+@click.version_option(
+    __version__, "--version", message=f"soci version v{_AS_GO} soci-snapshotter-%(version)s"
+)
 @click.pass_context
 def soci(
     ctx: click.Context,
@@ -153,6 +164,9 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         _report(error.format_message(), arguments)
         return 1
+    except _Terminated:
+        _report("terminated", ())
+        return _TERMINATED
     except (click.Abort, KeyboardInterrupt):
         _report("interrupted", ())
         return _INTERRUPTED
@@ -170,7 +184,14 @@ def main() -> None:
     """The console script; also what a shell calls for completions (`soci completion`)."""
     if instruction := os.environ.get(COMPLETE_VARIABLE):
         sys.exit(shell_complete(soci, {}, "soci", COMPLETE_VARIABLE, instruction))
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    # A second one is impatient, and need not wait for the cleaning up.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise _Terminated
 
 
 def _report(message: str, arguments: Sequence[str]) -> None:

@@ -2,14 +2,16 @@
 
 Workers are spawned, never forked (gRPC's threads do not survive a fork). Each opens the
 layer's place for itself and leaves the ztoc in a file; only a few words travel back. A worker that is
-killed, for want of memory say, is noticed, and ends the command with an error.
+killed, for want of memory say, is noticed, and ends the command with an error; a worker never outlives the command.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -21,7 +23,7 @@ from ..errors import Integrity, Remote, SociError, Unsupported
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor
 from ..formats.ztoc import Compression
-from .build import build_ztoc
+from .build import write_ztoc
 from .places import Place
 
 
@@ -63,6 +65,9 @@ Told = Callable[[Digest, int], None]
 # Bytes of a layer between two words about it from a worker: a few a second.
 _TELL_EVERY = 8 << 20
 
+# Both reach the whole process group (Ctrl-C, a service's stop). The parent decides, and ends its workers.
+_PARENTS = {signal.SIGINT, signal.SIGTERM}
+
 
 def build_all(
     jobs: Sequence[Job], workers: int, told: Told = lambda _layer, _count: None
@@ -77,10 +82,11 @@ def build_all(
         return
     # The longest first would be best, but sizes are the caller's to sort by.
     waiting = list(reversed(jobs))
-    pool = [_Worker() for _ in range(min(workers, len(jobs)))]
+    pool: list[_Worker] = []
     try:
-        for worker in pool:
-            worker.give(waiting.pop())
+        for _ in range(min(workers, len(jobs))):
+            pool.append(_Worker())
+            pool[-1].give(waiting.pop())
         while pool:
             ready = multiprocessing.connection.wait([worker.connection for worker in pool])
             for worker in pool:
@@ -104,13 +110,14 @@ def build_all(
 def run(job: Job, told: Told) -> Outcome:
     """Build one ztoc in this process.
 
-    Raises Integrity when the layer's bytes are not what its digest, or its DiffID, says.
+    Raises Integrity when the layer's bytes are not what its digest, or its DiffID, says; OSError for a full disk.
     """
     digest = job.layer.digest
     with job.place.open() as content:
         try:
-            built = build_ztoc(
+            built = write_ztoc(
                 _counted(content.read(job.layer), digest, told),
+                job.output,
                 compression=job.compression,
                 span_size=job.span_size,
                 build_tool=job.build_tool,
@@ -126,8 +133,7 @@ def run(job: Job, told: Told) -> Outcome:
         raise Integrity(
             f"layer {digest}: its tar's digest is {built.diff_id}, the image config says {job.diff_id}"
         )
-    job.output.write_bytes(built.data)
-    return Built(digest, built.digest, len(built.data), job.output)
+    return Built(digest, built.digest, built.size, job.output)
 
 
 def _counted(pieces: Iterator[bytes], layer: Digest, told: Told) -> Iterator[bytes]:
@@ -154,16 +160,20 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.job: Job | None = None
         # Its start unblocks SIGINT behind our back (multiprocessing/resource_tracker.py), so it comes first.
         resource_tracker.ensure_running()
-        # Blocked from its first instruction on: Ctrl-C reaches the whole group, and the parent decides (_serve).
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Blocked from its first instruction on, until _serve ignores them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
         try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()  # so that the worker's death is an end of file here
-        self.job: Job | None = None
+            try:
+                self.process.start()
+            finally:
+                theirs.close()  # so that the worker's death is an end of file here
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except BaseException:  # what was blocked has come
+            self.kill()
+            raise
 
     def give(self, job: Job) -> None:
         self.job = job
@@ -192,13 +202,15 @@ class _Worker:
 
     def kill(self) -> None:
         self.connection.close()
-        self.process.kill()
-        self.process.join()
+        if self.process.pid is not None:
+            self.process.kill()
+            self.process.join()
 
 
 def _serve(connection: Connection) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides, and ends us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _PARENTS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             job = connection.recv()
@@ -207,8 +219,16 @@ def _serve(connection: Connection) -> None:
         answer: Outcome | Exception
         try:
             answer = run(job, lambda layer, count: connection.send(_Read(layer, count)))
-        except SociError as error:
+        except (SociError, OSError) as error:
             answer = error
         except Exception as error:  # a bug: its name must reach the parent, which would wait for ever
             answer = RuntimeError(f"layer {job.layer.digest}: {type(error).__name__}: {error}")
         connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """A killed parent can tell nobody; its end closes this pipe, also while the worker waits for a registry."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

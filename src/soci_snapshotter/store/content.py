@@ -61,8 +61,15 @@ class ContentStore:
     def put_stream(self, chunks: Iterable[Buffer], expected: Digest, size: int) -> Path:
         """Store exactly `size` bytes arriving in `chunks`; return the blob's path.
 
-        Raises Integrity, and stores nothing, unless both size and digest are as expected.
+        Raises Integrity, and stores nothing, unless both size and digest are as expected; OSError, naming the blob,
+        for a full disk.
         """
+        try:
+            return self._write(chunks, expected, size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(error.filename or self.path(expected))) from None
+
+    def _write(self, chunks: Iterable[Buffer], expected: Digest, size: int) -> Path:
         target = self.path(expected)
         hasher = hashlib.new(expected.algorithm)
         received = 0
