@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +31,7 @@ from ..index.create import (
 )
 from ..index.images import images_of
 from ..index.known import known_ztocs
+from ..index.outputs import Blob
 from ..index.places import ImageContent, Place
 from ..index.prefetch import Prefetched, PrefetchRequest
 from ..index.sinks import Store
@@ -176,6 +178,8 @@ class Session:
         self._scratch = scratch
         self._meter = meter
         self._tasks: dict[Digest, Task] = {}
+        self._uploads: dict[Digest, Task] = {}
+        self._lock = threading.Lock()
         self._known: Known | None = None
 
     @property
@@ -213,7 +217,8 @@ class Session:
         indexed, refused = [], []
         for image in images:
             for layer in image.manifest.layers:
-                self._tasks.setdefault(layer.digest, self._meter.task(layer.digest.hex[:_SHORT], layer.size))
+                if layer.digest not in self._tasks:
+                    self._tasks[layer.digest] = self._meter.task(layer.digest.hex[:_SHORT], layer.size)
             try:
                 done = index_image(place, content, image, self._options, self._scratch, self._hooks())
             except (Invalid, Unsupported) as error:
@@ -241,6 +246,15 @@ class Session:
         """So many bytes of a layer are done."""
         if layer in self._tasks:
             self._tasks[layer].advance(count, state)
+
+    def pushed(self, blob: Blob, count: int) -> None:
+        """So many bytes of a blob were sent; negative: they have to go again. For any thread."""
+        with self._lock:
+            task = self._uploads.get(blob.digest)
+            if task is None:
+                label = blob.digest.hex[:_SHORT]
+                task = self._uploads[blob.digest] = self._meter.task(label, blob.descriptor.size, "pushing")
+        task.advance(count)
 
     def _hooks(self) -> Hooks:
         hooks = Hooks(told=lambda layer, count: self.advance(layer, count, "indexing"), outcome=self._outcome)

@@ -140,5 +140,13 @@ def _from_registry(
         content = RegistryContent(client, src)
         converted = _convert(session, build, place, content, str(src), client.resolve(src))
         blobs = [*parts(content, converted), *distinct(converted.own)]
-        send(destination, dst, blobs, tag=dst.tag, uploads=CONCURRENT_UPLOADS)
+        send(
+            destination,
+            dst,
+            blobs,
+            tag=dst.tag,
+            uploads=CONCURRENT_UPLOADS,
+            progress=session.pushed,
+            mount_from=src.repository if src.host == dst.host else "",
+        )
         session.result(f"image {dst} -> {converted.root.digest}", converted.root.digest)

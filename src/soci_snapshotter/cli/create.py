@@ -119,5 +119,5 @@ def _from_registry(session: Session, ref: str, registry: RegistryFlags) -> None:
         content = RegistryContent(client, reference)
         for indexed in session.index(place, content, str(reference), root):
             blobs = soci_index(indexed, session.build_tool, version=1)
-            send(client, reference, blobs, tag=None, uploads=CONCURRENT_UPLOADS)
+            send(client, reference, blobs, tag=None, uploads=CONCURRENT_UPLOADS, progress=session.pushed)
             session.result(summary(indexed, blobs[-1].digest), blobs[-1].digest)

@@ -18,7 +18,7 @@ from ..formats.oci import Index, Manifest
 from ..formats.sociindex import INDEX_V1, INDEX_V2
 from ..store.content import ContentStore
 from ..store.locks import content_lock
-from .sinks import SOCI_INDEX_LABEL
+from .outputs import SOCI_INDEX_LABEL
 
 _log = logging.getLogger(__name__)
 
@@ -151,8 +151,13 @@ class DirectoryBlobs:
     def remove(self, index: Digest, subject: Digest | None, named: Iterable[Digest]) -> None:
         """See Blobs. Kept are also the ztocs of layers that the daemon has."""
         del subject  # nothing in this store leads from an image to its index
+        self.discard((index,), named)
+
+    def discard(self, indexes: Iterable[Digest], named: Iterable[Digest]) -> None:
+        """Remove these indexes and, of the blobs `named`, those that no index needs, nor the daemon."""
         with content_lock(self._root, exclusive=True):
-            self._store.delete(index)
+            for index in indexes:
+                self._store.delete(index)
             needed: set[Digest] = set()
             for document in self.documents():
                 needed.add(document.digest)

@@ -13,6 +13,11 @@ from ..formats import digest as digests
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor
 
+# containerd's garbage collector follows labels with this prefix from blob to blob; what comes after it must
+# only be unique on the blob. The names are the Go tool's.
+GC_CONTENT = "containerd.io/gc.ref.content."
+SOCI_INDEX_LABEL = GC_CONTENT + "soci-index"
+
 # One read of a file on its way to a store.
 _PIECE = 1 << 20
 

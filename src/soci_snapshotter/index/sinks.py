@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from ..containerd.client import ContainerdClient
@@ -12,16 +13,15 @@ from ..formats.digest import Digest
 from ..formats.oci import Descriptor
 from ..store.content import ContentStore
 from ..store.locks import content_lock
-from .outputs import Blob, file_pieces
-
-# containerd's garbage collector follows labels with this prefix from blob to blob; what comes after it must
-# only be unique on the blob. The names are the Go tool's.
-_GC_CONTENT = "containerd.io/gc.ref.content."
-SOCI_INDEX_LABEL = _GC_CONTENT + "soci-index"
+from .holdings import DirectoryBlobs
+from .outputs import GC_CONTENT, SOCI_INDEX_LABEL, Blob, file_pieces
 
 
 class Store(Protocol):
-    """A content store for indexes and ztocs. `name` is what --content-store calls it."""
+    """A content store for indexes and ztocs. `name` is what --content-store calls it.
+
+    What is published and there already is read, and replaced if it is damaged.
+    """
 
     name: str
 
@@ -85,15 +85,21 @@ class DirectoryStore:
         self._store = store
 
     def publish(self, blobs: Sequence[Blob], image: Digest | None) -> None:
-        """See Store. In order, so that nothing names what is not there."""
+        """See Store. In order, so that nothing names what is not there; on failure the store is as it was."""
         del image  # the link from image to index is a row in artifacts.sqlite
-        with content_lock(self._store.root, exclusive=False):
-            self._put(blobs)
+        try:
+            with content_lock(self._store.root, exclusive=False):
+                for blob in blobs:
+                    self._put(blob)
+        except BaseException:
+            # Unless another process published an index with them meanwhile.
+            DirectoryBlobs(self._store.root.parent).discard((), [blob.digest for blob in blobs])
+            raise
 
-    def _put(self, blobs: Sequence[Blob]) -> None:
-        for blob in blobs:
-            if not self._store.exists(blob.digest):
-                self._store.put_stream(blob.pieces(), blob.digest, blob.descriptor.size)
+    def _put(self, blob: Blob) -> None:
+        path = self._store.path(blob.digest)
+        if not (path.is_file() and _intact(file_pieces(path, 0), blob.digest)):
+            self._store.put_stream(blob.pieces(), blob.digest, blob.descriptor.size)
 
     def get(self, digest: Digest, limit: int) -> bytes:
         """See Store."""
@@ -114,5 +120,25 @@ class DirectoryStore:
 
 def _write(client: ContainerdClient, blobs: Sequence[Blob]) -> None:
     for blob in blobs:
-        labels = {_GC_CONTENT + name: str(digest) for name, digest in blob.refs}
+        _remove_damaged(client, blob.digest)
+        labels = {GC_CONTENT + name: str(digest) for name, digest in blob.refs}
         client.content.write(blob.descriptor, blob.pieces, labels=labels)
+
+
+def _remove_damaged(client: ContainerdClient, digest: Digest) -> None:
+    """Remove a blob that no longer has its digest: containerd would take it for the new one."""
+    try:
+        if _intact(client.content.read(digest), digest):
+            return
+        client.content.delete(digest)
+    except NotFound:
+        return
+    # The file goes with the next collection only, and until then containerd would find it again.
+    client.leases.delete(client.leases.create(), collect=True)
+
+
+def _intact(pieces: Iterable[bytes], digest: Digest) -> bool:
+    hasher = hashlib.new(digest.algorithm)
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.hexdigest() == digest.hex

@@ -7,6 +7,8 @@ index was made, not that it is still there; whoever lists looks into the store.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sqlite3
 import threading
 import time
@@ -67,7 +69,8 @@ class IndexRecord:
 class Artifacts:
     """The table of indexes; a context manager, safe for threads and for several processes.
 
-    Every method raises Config, naming the file and what to do, when the database cannot be read or written.
+    Every method raises Config, naming the file and what to do, when the database cannot be read or written, and
+    OSError when the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
@@ -174,7 +177,9 @@ class Artifacts:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:  # locked, read-only, a full disk
+        except sqlite3.OperationalError as error:  # locked, read-only
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from None
             raise Config(f"{self._path}: {error}; check --root and that this user may write there") from None
         except sqlite3.DatabaseError as error:
             raise Config(
