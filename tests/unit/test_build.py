@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import random
+import resource
 import tarfile
 import threading
 import tracemalloc
@@ -14,18 +16,21 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.test_tar import header, record, special
 from tests.unit.ztoc_support import GO_TOOL, Case, cases, member, read_range, read_span
 
 from soci_snapshotter.errors import Integrity, Invalid, Unsupported
 from soci_snapshotter.formats import digest, ztoc
+from soci_snapshotter.formats import tar as tar_format
 from soci_snapshotter.formats.zinfo import span_table
 from soci_snapshotter.formats.ztoc import Compression
-from soci_snapshotter.index import build
-from soci_snapshotter.index.build import BuiltZtoc, build_ztoc
+from soci_snapshotter.index import build, spool
+from soci_snapshotter.index.build import BuiltZtoc, build_ztoc, write_ztoc
 from soci_snapshotter.linux import checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 LIBRARIES = [library for library in (checkpoints.zlib_ng(), checkpoints.zlib()) if library]
 
@@ -71,6 +76,28 @@ def assert_usable(result: BuiltZtoc, layer: bytes, tar: bytes) -> None:
         if entry.type == "reg":
             content = read_range(table, entry.offset, entry.size, layer, result.data)
             assert content == tar[entry.offset : entry.offset + entry.size]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_a_ztoc_written_to_a_file_is_the_same(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every checkpoint and every two entries put aside, the file has the Go tool's bytes, and is alone."""
+    monkeypatch.setattr(spool, "IN_MEMORY", 1)
+    monkeypatch.setattr(tar_format, "BATCH", 2)
+    written = write_ztoc(
+        chunked(case.layer, 4099),
+        tmp_path / "ztoc",
+        compression=case.compression,
+        span_size=case.raw["span_size"],
+        build_tool=GO_TOOL,
+        expected=digest.parse(case.raw["layer_digest"]),
+    )
+    assert (tmp_path / "ztoc").read_bytes() == case.ztoc
+    assert (written.digest, written.size) == (case.raw["ztoc_digest"], len(case.ztoc))
+    assert written.diff_id == "sha256:" + case.raw["tar_sha256"]
+    assert (written.layer_size, written.uncompressed_size) == (case.raw["layer_size"], case.raw["tar_size"])
+    assert [file.name for file in tmp_path.iterdir()] == ["ztoc"]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
@@ -241,6 +268,30 @@ BROKEN = [
     ("a member behind zeros", LAYER + bytes(512) + LAYER, "something else"),
     ("no tar", member(b"x" * 5000), "checksum"),
     ("a cut tar", member(TAR[:3000]), "tar: cut off"),
+    ("a cut header", member(TAR[:300]), "tar: cut off"),
+    ("a size below zero", member(header(size=b"\xff" * 12) + bytes(1024)), "size is -1"),
+    (
+        "a size that is no number",
+        member(header(size=b"12345x78901\0") + bytes(1024)),
+        "size is b'12345x78901'",
+    ),
+    (
+        "a size beyond 64 bits",
+        member(header(size=b"\x80" + b"\x7f" * 11) + bytes(1024)),
+        "not fit into 64 bits",
+    ),
+    ("a size beyond the tar", member(header(size=1 << 32) + bytes(1024)), "tar: cut off after 1536 bytes"),
+    (
+        "a PAX size beyond the tar",
+        member(special(b"x", record(b"size", b"%d" % (1 << 40))) + header() + bytes(1024)),
+        "tar: cut off",
+    ),
+    (
+        "a PAX size that is no number",
+        member(special(b"x", record(b"size", b"1e9")) + header() + bytes(1024)),
+        "PAX record size is b'1e9'",
+    ),
+    ("a huge PAX header", member(header(flag=b"x", size=1 << 30) + bytes(1024)), "not within 0"),
 ]
 
 
@@ -249,9 +300,37 @@ BROKEN = [
 def test_broken_layers_are_integrity_errors(layer: bytes, message: str, step: int) -> None:
     """Each way a layer can be broken is named, and no thread is left behind."""
     before = threading.active_count()
-    with pytest.raises(Integrity, match=message):
+    with pytest.raises(Integrity, match=message) as caught:
         built(chunked(layer, step))
+    assert "\n" not in str(caught.value)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("cut", [300, 3000, 512 + 4999])
+def test_an_uncompressed_tar_that_ends_early_is_an_integrity_error(cut: int) -> None:
+    """Whether it ends within a header or within a file's content."""
+    with pytest.raises(Integrity, match=f"tar: cut off after {cut} bytes"):
+        built(TAR[:cut], Compression.UNCOMPRESSED)
+
+
+def test_a_failed_build_leaves_the_old_ztoc_and_nothing_else(tmp_path: Path) -> None:
+    """A truncated layer, and a disk that is full when the ztoc is written; the error names the file."""
+    output = tmp_path / "ztoc"
+    output.write_bytes(b"old")
+
+    def write(layer: bytes) -> None:
+        write_ztoc([layer], output, compression=Compression.GZIP, build_tool="tests")
+
+    with pytest.raises(Integrity, match="cut off"):
+        write(LAYER[:-1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=str(output)):
+            write(LAYER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
 @settings(deadline=None, max_examples=200)
@@ -315,6 +394,34 @@ def test_a_tail_counts_for_the_diff_id_and_is_bounded(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("compression", list(Compression))
+def test_what_cannot_become_a_ztoc_is_not_read_to_its_end(
+    compression: Compression, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bomb behind the tar's end, and spans that would exceed the format's 2 GiB (here: 1 MiB), stop the build."""
+    read = 0
+
+    def layer(tar: bytes, more: bytes, count: int) -> Iterator[bytes]:
+        nonlocal read
+        read = 0
+        deflate = zlib.compressobj(1, zlib.DEFLATED, 31)
+        for piece in (tar, *[more] * count):
+            read += 1
+            # One deflate block each, so that each can become a span.
+            yield deflate.compress(piece) + deflate.flush(zlib.Z_FULL_FLUSH) if zipped else piece
+
+    zipped = compression is Compression.GZIP
+    with pytest.raises(Unsupported, match="after the tar's end"):
+        built(layer(TAR, bytes(1 << 20), 100), compression)
+    assert read < 20
+    monkeypatch.setattr(build, "MAX_SIZE", 1 << 20)
+    big = tarfile.TarInfo("big")
+    big.size = 1000 << 20
+    with pytest.raises(Unsupported, match="larger span size"):
+        built(layer(big.tobuf(), random.Random(4).randbytes(1 << 16), 1000), compression, span_size=100)
+    assert read < 100
+
+
+@pytest.mark.parametrize("compression", list(Compression))
 def test_an_impossible_span_size_is_invalid(compression: Compression) -> None:
     """A span size below 1 is the caller's mistake."""
     with pytest.raises(Invalid, match="span size"):
@@ -354,6 +461,27 @@ def test_memory_stays_bounded() -> None:
     tracemalloc.stop()
     assert result.uncompressed_size == size + 1536
     assert peak < 24 << 20
+
+
+def test_memory_does_not_grow_with_entries_and_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,000 entries and 700 checkpoints, 30 MB if they were kept, are indexed in less than half."""
+    monkeypatch.setattr(tar_format, "BATCH", 512)
+    files = b"".join(header(b"file%d" % n, size=1000) + bytes(1024) for n in range(1000))
+    part = member(files, 6, zlib.Z_FULL_FLUSH, 20_000)
+    tracemalloc.start()
+    written = write_ztoc(
+        itertools.chain(itertools.repeat(part, 10), [member(bytes(1024))]),
+        tmp_path / "ztoc",
+        compression=Compression.GZIP,
+        span_size=10_000,
+        build_tool="tests",
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    decoded = ztoc.decode((tmp_path / "ztoc").read_bytes())
+    assert (len(decoded.entries), written.uncompressed_size) == (10_000, 10 * len(files) + 1024)
+    assert len(decoded.span_digests) > 700
+    assert peak < 12 << 20
 
 
 def test_building_twice_gives_the_same_bytes() -> None:

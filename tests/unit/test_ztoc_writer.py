@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import flatbuffers
 import pytest
 from hypothesis import given, settings
@@ -154,3 +156,26 @@ def test_a_ztoc_beyond_two_gigabytes_is_unsupported(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ztoc_writer, "MAX_SIZE", 200)
     with pytest.raises(Unsupported, match="200"):
         ztoc_writer.encode(small_ztoc(entry()))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 5), st.integers(1, 9))
+def test_pieces_are_the_whole(batch: int, count: int) -> None:
+    """Entries in batches, last batch first, and checkpoints in pieces give the bytes of the ztoc in one."""
+    entries = [
+        entry(b"f%d" % n, offset=512 + 1024 * n, records=((b"k", b"v" * n),) * (n % 3)) for n in range(count)
+    ]
+    whole = small_ztoc(*entries)
+    batches = [entries[at : at + batch] for at in range(0, count, batch)]
+    blob = bytes(whole.checkpoints)
+    bare = replace(whole, entries=[], checkpoints=b"")
+    size, pieces = ztoc_writer.encode_pieces(bare, reversed(batches), len(blob), (blob[:5], blob[5:]), [])
+    assert b"".join(pieces) == ztoc_writer.encode(whole)
+    assert size == len(ztoc_writer.encode(whole))
+
+
+def test_checkpoints_of_another_size_are_a_mistake_of_the_caller() -> None:
+    """Every offset behind them would be wrong."""
+    _, pieces = ztoc_writer.encode_pieces(small_ztoc(), [], 10, (b"123",), [])
+    with pytest.raises(ValueError, match="by 7 bytes"):
+        b"".join(pieces)
