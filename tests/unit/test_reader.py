@@ -79,6 +79,7 @@ class Bench:
     spans: SpanTable
     files: SpanFile
     pool: FlightPool
+    completions: list[str]
 
 
 @pytest.fixture
@@ -86,6 +87,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     table = ztoc.decode_spans((CASE / "ztoc.bin").read_bytes())
     spans, kernel, source = span_table(table), Kernel(), Source()
     fd = os.open(CASE / "ztoc.bin", os.O_RDONLY)
+    completions: list[str] = []
     with (
         SpanFile(tmp_path, len(spans), data_size(table.uncompressed_size), b"a" * 36) as files,
         FlightPool(4) as pool,
@@ -99,8 +101,9 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
             replies=kernel,
             pool=pool,
             options=ReadOptions(flight_seconds=10),
+            on_complete=lambda: completions.append(threading.current_thread().name),
         )
-        yield Bench(reader, kernel, source, spans, files, pool)
+        yield Bench(reader, kernel, source, spans, files, pool, completions)
         source.gate.set()
     os.close(fd)
 
@@ -198,6 +201,32 @@ def test_reads_ahead_wake_nobody_and_are_used(bench: Bench) -> None:
         time.sleep(0.01)
     start = bench.spans.uncompressed_range(3)[0]
     assert bench.reader.read(1, start, 1000) == TAR[start : start + 1000]
+
+
+def test_completion_is_told_once(bench: Bench) -> None:
+    """Whoever must know hears of the last span once, from a flight; and again only after marks were taken back."""
+    bench.source.gate.set()
+    last = len(bench.spans) - 1
+    bench.reader.fetch_ahead(range(last))
+    until(lambda: bench.files.has(0, last - 1))
+    assert bench.completions == []
+    bench.reader.fetch_ahead(range(last + 1))
+    until(lambda: bool(bench.completions))
+    bench.reader.fetch_ahead(range(last + 1))
+    until(lambda: not bench.reader.flying)
+    assert bench.completions == ["flight"]
+    bench.files.epoch += 1
+    bench.files.live[3] = 0
+    bench.reader.fetch_ahead([3])
+    until(lambda: len(bench.completions) == 2)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_files_close_behind_the_last_flight(bench: Bench) -> None:

@@ -81,8 +81,14 @@ class LayerReader:
         replies: Replies,
         pool: FlightPool,
         options: ReadOptions,
+        on_complete: Callable[[], None] | None = None,
     ) -> None:
-        """`name` is for the log (layer digest); `windows_fd` is the ztoc file, whose windows are pread when needed."""
+        """`name` is for the log (layer digest); `windows_fd` is the ztoc file, whose windows are pread when needed.
+
+        `on_complete` is called, on a flight's thread with the files open, when the last missing span has landed: once,
+        and once more each time that marks were taken back (`files.epoch` rose) and all have come again. It must be
+        quick. Whoever opens a layer that has all its spans already is not told.
+        """
         self.name = name
         self.size = files.data_size
         self.source = source
@@ -93,6 +99,8 @@ class LayerReader:
         self._replies = replies
         self._pool = pool
         self._options = options
+        self._on_complete = on_complete
+        self._told = -1  # the epoch that on_complete was called in
         self._lock = threading.Lock()
         self._flights = 0
         self._retired: Callable[[], None] | None = None
@@ -125,6 +133,11 @@ class LayerReader:
         return (
             data if self._files.epoch == epoch else None
         )  # a failed write-back in between: the pages may be gone
+
+    @property
+    def flying(self) -> int:
+        """How many flights are queued or under way."""
+        return self._flights
 
     def retire(self, then: Callable[[], None]) -> None:
         """Start no more flights; call `then` (which closes the files) when none is left: now, or behind the last.
@@ -233,6 +246,21 @@ class LayerReader:
                 self._replies.reply_error(parked.unique, errno.EIO)
             else:
                 self._replies.reply(parked.unique, data)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Call on_complete if nothing is missing any more."""
+        if self._on_complete is None or self._files.live.find(0) >= 0:
+            return
+        with self._lock:
+            epoch = self._files.epoch
+            if self._told == epoch:
+                return
+            self._told = epoch
+        try:
+            self._on_complete()
+        except Exception:
+            _log.exception("completing a layer failed", extra={"layer": self.name})
 
     def _failed(self, spans: Iterable[int], error: BaseException) -> None:
         """Give up `spans`: EIO to whoever waits for them (once, though a request may wait for several).
