@@ -12,10 +12,10 @@ from pathlib import Path
 from shutil import rmtree
 
 from harness.containerd import Containerd, start_containerd, unmount_below
-from harness.daemon import Daemon, start_daemon
+from harness.daemon import CONFIG, Daemon, start_daemon
 from harness.images import Layer, Layout, push, write_layout
 from harness.proxy import Proxy
-from harness.registries import start_registry
+from harness.registries import RunningRegistry, start_registry
 from soci_snapshotter.cli.main import run
 from soci_snapshotter.containerd.client import ContainerdClient
 from soci_snapshotter.formats import digest as digests
@@ -28,7 +28,7 @@ class Rig:
 
     base: Path
     proxy: Proxy
-    registry_host: str
+    registry: RunningRegistry
     containerd: Containerd
     daemon: Daemon
 
@@ -92,8 +92,8 @@ def layout_chain(layout: Layout) -> str:
 
 
 @contextlib.contextmanager
-def lazy_rig() -> Iterator[Rig]:
-    """Start all of it in a scratch directory on a real disk, and leave nothing behind."""
+def lazy_rig(config: str = CONFIG) -> Iterator[Rig]:
+    """Start all of it in a scratch directory on a real disk, and leave nothing behind. `config`: the daemon's."""
     base = Path(tempfile.mkdtemp(prefix="soci-", dir="/var/tmp"))
     socket = base / "run" / "soci.sock"
     try:
@@ -101,9 +101,9 @@ def lazy_rig() -> Iterator[Rig]:
             start_registry(base / "registry") as registry,
             Proxy(registry.address) as proxy,
             start_containerd(base / "c", proxy_plugins={"soci": socket}) as containerd,
-            start_daemon(base / "d", address=socket) as daemon,
+            start_daemon(base / "d", address=socket, config=config) as daemon,
         ):
-            yield Rig(base, proxy, registry.host, containerd, daemon)
+            yield Rig(base, proxy, registry, containerd, daemon)
     finally:
         unmount_below(base)
         rmtree(base)

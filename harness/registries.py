@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import time
@@ -16,9 +17,10 @@ from harness.gobuild import build_go
 
 @dataclass(frozen=True)
 class RunningRegistry:
-    """Where it listens."""
+    """Where it listens, and what it logs, an access log among it."""
 
     port: int
+    log: Path | None = None
 
     @property
     def host(self) -> str:
@@ -29,6 +31,15 @@ class RunningRegistry:
     def address(self) -> tuple[str, int]:
         """For a socket, or harness.proxy."""
         return "127.0.0.1", self.port
+
+    def requests(self) -> list[tuple[str, str]]:
+        """Method and target of every request so far, in order."""
+        assert self.log is not None
+        return _REQUEST.findall(self.log.read_text())
+
+
+# docker-registry quotes the request line, the Go registry writes method and URL bare.
+_REQUEST = re.compile(r"\b(GET|HEAD|POST|PUT|PATCH|DELETE) (/v2/\S*)")
 
 
 @contextlib.contextmanager
@@ -43,7 +54,7 @@ def start_registry(root: Path) -> Iterator[RunningRegistry]:
         f"http: {{addr: '127.0.0.1:{port}'}}\n"
     )
     with running(["docker-registry", "serve", str(config)], port, root / "log"):
-        yield RunningRegistry(port)
+        yield RunningRegistry(port, root / "log")
 
 
 @contextlib.contextmanager
@@ -53,7 +64,7 @@ def start_oci_registry(root: Path) -> Iterator[RunningRegistry]:
     port = free_port()
     (root / "blobs").mkdir(parents=True, exist_ok=True)
     with running([str(binary), f"127.0.0.1:{port}", str(root / "blobs")], port, root / "log"):
-        yield RunningRegistry(port)
+        yield RunningRegistry(port, root / "log")
 
 
 def free_port() -> int:

@@ -8,22 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.containerd import Containerd, start_containerd
-from harness.images import (
-    Layer,
-    Layout,
-    layer_from_blob,
-    layer_from_tar,
-    load,
-    write_layout,
-    write_multi_layout,
-)
+from harness.containerd import Containerd
+from harness.images import Layer, layer_from_tar, load, write_multi_layout
+from tests.integration.support import GNU, PIGZ, PLAIN, Soci, image
 
-from soci_snapshotter.cli.main import run
 from soci_snapshotter.containerd.client import ContainerdClient
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci, sociindex, ztoc
@@ -32,60 +23,7 @@ from soci_snapshotter.store.artifacts import Artifacts
 from soci_snapshotter.store.content import ContentStore
 
 pytestmark = pytest.mark.root
-VECTORS = Path(__file__).parents[1] / "vectors"
-GNU = layer_from_blob(VECTORS / "gnu6-edge1/layer.tar.gz")
-PIGZ = layer_from_blob(VECTORS / "pigz-edge3/layer.tar.gz")
-PLAIN = layer_from_blob(VECTORS / "none-edge3-span1m/layer.tar")
 SOCI_LABEL = "containerd.io/gc.ref.content.soci-index"
-
-
-@pytest.fixture
-def containerd() -> Iterator[Containerd]:
-    """A containerd of the test's own: what is collected and what is not must not depend on others."""
-    with start_containerd() as daemon:
-        yield daemon
-
-
-class Soci:
-    """The CLI, run in this process, against one containerd and one root."""
-
-    def __init__(self, containerd: Containerd, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.flags = ["--address", containerd.address, "--root", str(root)]
-        self.root = root
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        """Run a command line; return stdout, or stderr when a failure is expected."""
-        found = run([*self.flags, *arguments])
-        out, err = self._capsys.readouterr()
-        assert found == code, (out, err)
-        return str(out if code == 0 else err)
-
-    def create(self, *arguments: str) -> list[Digest]:
-        """Run create with every layer counting; return the digests of the indexes it names."""
-        out = self("create", "--min-layer-size", "0", *arguments)
-        return [digests.parse(found) for found in re.findall(r"^index (sha256:\S+) ", out, re.MULTILINE)]
-
-
-@pytest.fixture
-def soci(containerd: Containerd, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Soci:
-    """The CLI with a root of the test's own."""
-    return Soci(containerd, tmp_path / "root", capsys)
-
-
-@pytest.fixture
-def client(containerd: Containerd) -> Iterator[ContainerdClient]:
-    """A client in the namespace the CLI uses by default."""
-    with ContainerdClient(containerd.address) as found:
-        yield found
-
-
-def _image(
-    tmp_path: Path, containerd: Containerd, *layers: Layer, name: str = "docker.io/library/x:1"
-) -> Layout:
-    layout = write_layout(tmp_path / f"layout-{name.replace('/', '-')}", layers, name=name)
-    load(layout, containerd)
-    return layout
 
 
 def _index(client: ContainerdClient, digest: Digest) -> oci.Manifest:
@@ -98,7 +36,7 @@ def test_index_describes_every_layer(
     soci: Soci, client: ContainerdClient, containerd: Containerd, tmp_path: Path
 ) -> None:
     """Gzip, pigz and uncompressed layers, one twice: a v1 index in image order, ztocs that fit."""
-    layout = _image(tmp_path, containerd, GNU, PIGZ, PLAIN, GNU)
+    layout = image(tmp_path, containerd, GNU, PIGZ, PLAIN, GNU)
     (digest,) = soci.create("x:1")
     manifest = _index(client, digest)
     assert manifest.config.media_type == sociindex.INDEX_V1
@@ -121,7 +59,7 @@ def test_rebuilding_gives_the_same_digests(
     soci: Soci, client: ContainerdClient, containerd: Containerd, tmp_path: Path
 ) -> None:
     """Again, and after everything was removed: the same index; with another span size: another."""
-    _image(tmp_path, containerd, GNU, PIGZ)
+    image(tmp_path, containerd, GNU, PIGZ)
     first = soci.create("x:1")
     assert soci.create("x:1") == first
     for entry in _index(client, first[0]).layers:
@@ -131,11 +69,11 @@ def test_rebuilding_gives_the_same_digests(
     assert soci.create("x:1", "--span-size", "65536") != first
 
 
-def test_index_lives_as_long_as_the_image(
+def test_index_lives_as_long_as_theimage(
     soci: Soci, client: ContainerdClient, containerd: Containerd, tmp_path: Path
 ) -> None:
     """Collection leaves index, ztocs and config while the image is there, and takes all with it."""
-    layout = _image(tmp_path, containerd, GNU, PIGZ)
+    layout = image(tmp_path, containerd, GNU, PIGZ)
     (digest,) = soci.create("x:1")
     containerd.garbage_collect()
     manifest = _index(client, digest)
@@ -151,7 +89,7 @@ def test_newer_index_replaces_the_older(
     soci: Soci, client: ContainerdClient, containerd: Containerd, tmp_path: Path
 ) -> None:
     """With other options the image has one index, the new one; the old goes at the next collection."""
-    layout = _image(tmp_path, containerd, GNU)
+    layout = image(tmp_path, containerd, GNU)
     (old,) = soci.create("x:1")
     (new,) = soci.create("x:1", "--span-size", "65536")
     containerd.garbage_collect()
@@ -165,7 +103,7 @@ def test_min_layer_size_decides(
     soci: Soci, client: ContainerdClient, containerd: Containerd, tmp_path: Path
 ) -> None:
     """A layer of exactly the size is indexed, a smaller one is not and is named with the reason."""
-    _image(tmp_path, containerd, GNU, PIGZ)
+    image(tmp_path, containerd, GNU, PIGZ)
     small, big = sorted((GNU, PIGZ), key=lambda layer: len(layer.blob))
     out = soci("create", "--min-layer-size", str(len(big.blob)), "x:1")
     assert f"layer {small.digest} skipped: smaller than --min-layer-size" in out
@@ -180,7 +118,7 @@ def test_nothing_to_index_writes_nothing(
 ) -> None:
     """All layers too small, or zstd: exit 1 with the reasons, and no new blob anywhere."""
     zstd = Layer(b"\x28\xb5\x2f\xfd", PIGZ.diff_id, "application/vnd.oci.image.layer.v1.tar+zstd")
-    _image(tmp_path, containerd, GNU, zstd)
+    image(tmp_path, containerd, GNU, zstd)
     before = {blob.digest for blob in client.content.find()}
     err = soci("--content-store", store, "create", "x:1", code=1)
     assert "no layer to index" in err
@@ -195,7 +133,7 @@ def test_damaged_layer_leaves_no_trace(
     soci: Soci, client: ContainerdClient, containerd: Containerd, tmp_path: Path, store: str
 ) -> None:
     """A layer whose bytes changed on containerd's disk: exit 1 naming it, nothing of the good one stored."""
-    _image(tmp_path, containerd, GNU, PIGZ)
+    image(tmp_path, containerd, GNU, PIGZ)
     before = {blob.digest for blob in client.content.find()}
     blobs = containerd.root / "io.containerd.content.v1.content/blobs/sha256"
     damaged = blobs / PIGZ.digest.partition(":")[2]
@@ -223,7 +161,7 @@ def test_bad_layers_are_named(
     soci: Soci, containerd: Containerd, tmp_path: Path, layer: Layer, words: str, code: int
 ) -> None:
     """What ends the index of an image: one line with the layer's digest and the reason."""
-    _image(tmp_path, containerd, layer)
+    image(tmp_path, containerd, layer)
     err = soci("create", "--min-layer-size", "0", "x:1", code=code)
     assert layer.digest in err
     assert re.search(words, err)
@@ -234,7 +172,7 @@ def test_soci_store_keeps_blobs_under_root(
     soci: Soci, client: ContainerdClient, containerd: Containerd, tmp_path: Path
 ) -> None:
     """--content-store soci gives the same index, stored under root/content and not in containerd."""
-    _image(tmp_path, containerd, GNU, PIGZ)
+    image(tmp_path, containerd, GNU, PIGZ)
     out = soci("--content-store", "soci", "create", "--min-layer-size", "0", "x:1")
     digest = digests.parse(re.findall(r"^index (\S+)", out, re.MULTILINE)[0])
     store = ContentStore(soci.root / "content")
@@ -273,7 +211,7 @@ def test_missing_image_and_layer(
 ) -> None:
     """An image that was not pulled, and one whose layer blob is gone: named, with what to do."""
     assert "docker.io/library/gone:latest is not in containerd" in soci("create", "gone", code=4)
-    _image(tmp_path, containerd, GNU)
+    image(tmp_path, containerd, GNU)
     client.content.delete(digests.parse(GNU.digest))
     err = soci("create", "--min-layer-size", "0", "x:1", code=4)
     assert GNU.digest in err
@@ -283,7 +221,7 @@ def test_missing_image_and_layer(
 def test_interrupt_ends_the_workers(soci: Soci, containerd: Containerd, tmp_path: Path) -> None:
     """Ctrl-C in the middle of two big layers: exit 130, one line, no process and no temporary file left."""
     big = [layer_from_tar(_big_tar(seed), "none") for seed in (1, 2)]
-    _image(tmp_path, containerd, *big)
+    image(tmp_path, containerd, *big)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     command = [sys.executable, "-m", "soci_snapshotter.cli.main", *soci.flags, "create", "x:1"]

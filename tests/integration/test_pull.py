@@ -3,93 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.containerd import Containerd, start_containerd
-from harness.images import (
-    Layer,
-    Layout,
-    layer_from_blob,
-    layer_from_dir,
-    push,
-    shell_rootfs,
-    write_layout,
-    write_multi_layout,
-)
+from harness.containerd import Containerd
+from harness.images import Layer, Layout, push, write_layout, write_multi_layout
 from harness.registries import RunningRegistry as Registry
-from harness.registries import start_registry
+from tests.integration.support import GNU, PIGZ, PLAIN, Soci
 
-from soci_snapshotter.cli.main import run
 from soci_snapshotter.containerd.client import ContainerdClient
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats.digest import Digest
 
 pytestmark = pytest.mark.root
-VECTORS = Path(__file__).parents[1] / "vectors"
-GNU = layer_from_blob(VECTORS / "gnu6-edge1/layer.tar.gz")
-PIGZ = layer_from_blob(VECTORS / "pigz-edge3/layer.tar.gz")
-PLAIN = layer_from_blob(VECTORS / "none-edge3-span1m/layer.tar")
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """One registry; each test pushes to a repository of its own."""
-    with start_registry(tmp_path_factory.mktemp("registry")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Layer:
-    """A layer with a shell, cat, ls and sha256sum."""
-    return layer_from_dir(shell_rootfs(tmp_path_factory.mktemp("shell")))
-
-
-@pytest.fixture
-def containerd() -> Iterator[Containerd]:
-    """A containerd of the test's own, with overlayfs only."""
-    with start_containerd() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def client(containerd: Containerd) -> Iterator[ContainerdClient]:
-    """A client in the namespace the CLI uses by default."""
-    with ContainerdClient(containerd.address) as found:
-        yield found
-
-
-class Soci:
-    """The CLI, run in this process, against one containerd."""
-
-    def __init__(self, containerd: Containerd, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self._flags = ["--address", containerd.address, "--root", str(root)]
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        """Run a command line; return stdout, or stderr when a failure is expected."""
-        found = run([*self._flags, *arguments])
-        out, err = self._capsys.readouterr()
-        assert found == code, (out, err)
-        return str(out if code == 0 else err)
-
-    def pull(self, name: str, *arguments: str, snapshotter: str = "overlayfs", code: int = 0) -> str:
-        """Run pull."""
-        return self("pull", "--snapshotter", snapshotter, *arguments, name, code=code)
-
-
-@pytest.fixture
-def soci(containerd: Containerd, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Soci:
-    """The CLI with a root of the test's own."""
-    return Soci(containerd, tmp_path / "root", capsys)
-
-
-@pytest.fixture
-def name(registry: Registry, request: pytest.FixtureRequest) -> str:
-    """An image name of the test's own in the registry."""
-    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")
-    return f"{registry.host}/{words}:1"
 
 
 def _push(tmp_path: Path, name: str, *layers: Layer) -> Layout:
