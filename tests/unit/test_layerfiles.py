@@ -110,3 +110,68 @@ def test_a_closed_layer_is_not_synced(tmp_path: Path) -> None:
         files.close()
         assert os.fstat(other.fileno()).st_size == 0
     assert not (tmp_path / "spans.durable").exists()
+
+
+def test_a_data_tar_that_changed_meanwhile_is_filled_afresh(tmp_path: Path) -> None:
+    """Cut, grown, emptied or written to while nobody had it open: no mark is believed and no old byte is left."""
+
+    def cut(path: Path) -> None:
+        os.truncate(path, 1024)
+
+    def grown(path: Path) -> None:
+        os.truncate(path, 1 << 30)
+
+    def emptied(path: Path) -> None:
+        os.truncate(path, 0)
+
+    def written(path: Path) -> None:
+        with open(path, "r+b") as file:
+            file.write(b"z")
+
+    def swapped(path: Path) -> None:
+        status, data = path.stat(), path.read_bytes()
+        path.rename(path.with_name("kept"))
+        path.write_bytes(data)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    for number, change in enumerate((cut, grown, emptied, written, swapped)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        with opened(directory) as files:
+            for span in range(4):
+                files.write(span, 512 * span, memoryview(b"x" * 512))
+            files.make_durable()
+        change(directory / "data.tar")
+        with opened(directory) as files:
+            assert bytes(files.live) == bytes(4), change.__name__
+            assert os.pread(files.fd, 4096, 0) == bytes(2048), change.__name__
+        with opened(directory, NEXT) as files:
+            assert bytes(files.live) == bytes(4), change.__name__
+
+
+def test_a_cut_file_is_seen_after_a_crash(tmp_path: Path) -> None:
+    """Nothing was closed in order, so only the size speaks: marks go."""
+    files = opened(tmp_path)
+    files.write(3, 1536, memoryview(b"x" * 512))
+    os.truncate(tmp_path / "data.tar", 1600)
+    with opened(tmp_path) as again:
+        assert bytes(again.live) == bytes(4)
+    files.close()
+
+
+def test_what_follows_the_tars_end_is_kept(tmp_path: Path) -> None:
+    """The last span's bytes reach behind the tar; how far is known after a crash, and after a power loss if durable."""
+    with opened(tmp_path) as files:
+        assert files.tar_size == 0
+        files.write(3, 1536, memoryview(b"x" * 512 + b"y" * 700))
+        assert files.tar_size == 2748
+    with opened(tmp_path) as files:
+        assert files.tar_size == 2748
+        assert os.pread(files.fd, 4096, 2048) == b"y" * 700
+    with opened(tmp_path, NEXT) as files:
+        assert files.tar_size == 0
+    with opened(tmp_path) as files:
+        files.write(3, 1536, memoryview(b"x" * 500))
+        files.make_durable()
+    with opened(tmp_path, NEXT) as files:
+        assert (files.tar_size, bytes(files.live)) == (2036, b"\0\0\0\1")

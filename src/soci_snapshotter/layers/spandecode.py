@@ -88,7 +88,5 @@ class SpanIntake:
         if window is not None and len(window) != WINDOW:
             raise Integrity(f"span {span}: the ztoc file ends inside its window")
         data = memoryview(decode_span(spans, span, fetched, window))
-        begin, stop = spans.uncompressed_range(span)
-        # What lies behind the tar's end (zero padding) has no place in data.tar until the layer is complete.
-        stop = min(stop, self._files.data_size)
-        self._files.write(span, begin, data[: max(stop - begin, 0)])
+        # The last span goes on behind the tar's end blocks, to the end of the stream: that belongs to the DiffID.
+        self._files.write(span, spans.uncompressed_range(span)[0], data)

@@ -1,21 +1,24 @@
 """The files of one lazy layer, and what may be believed of them after a crash.
 
     <root>/layers/<layer hex>/<ztoc hex>/
-        data.tar          sparse; the uncompressed tar at its own offsets
+        data.tar          sparse; the uncompressed tar at its own offsets, what follows its end blocks included
         spans.live        one byte per span behind a header with the boot id: 1 after pwrite
         spans.durable     the same with a checksum, written only after fdatasync(data.tar)
+        spans.closed      what data.tar looked like when it was closed in order: gone while it is open
         meta-<h>.erofs    names, inodes, xattrs; h = hash of what the directories inherit
         layer.json        LayerRecord
 
 A mark in spans.live is believed only within the boot that wrote it: the page cache survives a killed process, not a
 power loss. Writers set the mark after the data is in the page cache; `make_durable` moves marks to spans.durable after
-the data is on the disk.
+the data is on the disk. A data.tar whose size cannot be, or that changed while it was closed, is filled afresh.
+A complete layer has no spans.*; its record says what data.tar must look like.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import struct
 import threading
@@ -27,12 +30,29 @@ import msgspec
 
 from soci_snapshotter.errors import Integrity, NotFound
 from soci_snapshotter.formats.digest import Digest, from_hex
+from soci_snapshotter.linux.inflate import MAX_TAIL
 
-_LIVE_MAGIC = b"SOCILIV1"
-_DURABLE_MAGIC = b"SOCIDUR1"
-_HEADER = struct.Struct("<8s36sI")  # magic, boot id as /proc prints it, number of spans
+_log = logging.getLogger(__name__)
+
+_LIVE_MAGIC = b"SOCILIV2"
+_DURABLE_MAGIC = b"SOCIDUR2"
+# magic, boot id as /proc prints it, number of spans, bytes of the tar as its stream ended (0: the last span is not here)
+_HEADER = struct.Struct("<8s36sIQ")
 _RECORD_LIMIT = 1 << 20  # layer.json holds two digests and a few references; 1 MiB is three orders above
 _MAX_SOURCES = 16  # references that are known to serve the layer; the newest are kept
+
+
+class Stamp(msgspec.Struct, frozen=True):
+    """What tells that a file was left alone: bytes, nanoseconds, inode number."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The stamp in a stat result."""
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 class LayerRecord(msgspec.Struct, frozen=True):
@@ -47,7 +67,21 @@ class LayerRecord(msgspec.Struct, frozen=True):
     sources: tuple[str, ...]
     """Image references whose repository serves the layer, newest first."""
     mounts: dict[str, int]
-    """meta hash -> n of the mount m/<n>."""
+    """meta hash -> the number that the snapshots' rows know."""
+    shown: dict[str, int] = {}
+    """meta hash -> n of the mount m/<n> that is handed out now, where it is not the number in `mounts`; 0 for none."""
+    superseded: tuple[int, ...] = ()
+    """n of mounts m/<n> that are handed out no more, but that a snapshot may still use."""
+    local: tuple[int, ...] = ()
+    """n of those mounts whose device is data.tar itself; the others read through FUSE."""
+    diff_id: str = ""
+    """sha256 of the tar, once the layer is complete; "" while it is lazy."""
+    tar_size: int = 0
+    """Bytes that diff_id covers; data.tar is longer where the tar's end is not a multiple of 512."""
+    stamp: Stamp | None = None
+    """What data.tar looked like when it was hashed."""
+    condemned: bool = False
+    """Complete, and not what any snapshot of it said it would be: reads through FUSE fail."""
 
     def with_source(self, reference: str) -> LayerRecord:
         rest = tuple(source for source in self.sources if source != reference)
@@ -57,7 +91,32 @@ class LayerRecord(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, mounts={**self.mounts, meta_hash: number})
 
     def without_mount(self, number: int) -> LayerRecord:
-        return msgspec.structs.replace(self, mounts={h: n for h, n in self.mounts.items() if n != number})
+        """Forget what a row's number stands for."""
+        kept = {h: n for h, n in self.mounts.items() if n != number}
+        return msgspec.structs.replace(
+            self, mounts=kept, shown={h: n for h, n in self.shown.items() if h in kept}
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are here and hashed."""
+        return bool(self.diff_id)
+
+    def path_number(self, meta_hash: str) -> int:
+        """n of the m/<n> that is handed out now; 0 when none is mounted."""
+        return self.shown.get(meta_hash, self.mounts[meta_hash])
+
+    def standing(self) -> set[int]:
+        """n of every m/<n> that is, or should be, mounted."""
+        return ({self.path_number(meta_hash) for meta_hash in self.mounts} | set(self.superseded)) - {0}
+
+    def through_fuse(self) -> set[int]:
+        """n of those that need the FUSE node."""
+        return self.standing() - set(self.local)
+
+    def last_number(self) -> int:
+        """The highest number that was ever given to this layer and may still be known."""
+        return max((0, *self.mounts.values(), *self.shown.values(), *self.superseded))
 
 
 def boot_id() -> bytes:
@@ -125,19 +184,24 @@ def scan(root: Path) -> Iterator[Path]:
 
 
 class SpanFile:
-    """data.tar of one layer and the marks of the spans in it. Thread safe; a context manager."""
+    """data.tar of one lazy layer and the marks of the spans in it. Thread safe; a context manager."""
 
     def __init__(self, directory: Path, spans: int, data_size: int, boot: bytes) -> None:
         """Open or create. `spans` and `data_size` (bytes) come from the ztoc; marks that do not fit are dropped."""
         self.directory = directory
         self.data_size = data_size
         self._boot = boot
+        self.tar_size = 0
+        """Bytes of the tar with what follows its end, as the last span told; 0 while that is not here."""
         self._fd = os.open(directory / "data.tar", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(self._fd, data_size)
-            self._durable = self._read_durable(spans)
-            live = self._read_live(spans)
-            self.live = bytearray(live if live is not None else self._durable)
+            believed = self._left_alone()
+            self._durable, durable_size = self._read_durable(spans) if believed else (bytes(spans), 0)
+            live = self._read_live(spans) if believed else None
+            marks, self.tar_size = live or (self._durable, durable_size)
+            self.inherited = any(marks)
+            """Whether another process wrote some of the bytes: what happened to them since is its word, not ours."""
+            self.live = bytearray(marks)
             """One byte per span, 1 = its bytes are in data.tar. Read without a lock; written by `mark` only."""
             self._live_fd = os.open(directory / "spans.live", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except BaseException:
@@ -154,6 +218,29 @@ class SpanFile:
         self.unsynced = 0
         """Bytes written since the last success of `make_durable`, roughly (several writers, no lock)."""
 
+    def _left_alone(self) -> bool:
+        """Whether the bytes in data.tar may be what the marks say; if not it is emptied. Its size is right after."""
+        status = os.fstat(self._fd)
+        closed = self.directory / "spans.closed"
+        raw = _read_small(closed)
+        if raw is not None:
+            closed.unlink()  # before the first write
+        new = status.st_size == 0
+        fits = self.data_size <= status.st_size <= self.data_size + MAX_TAIL
+        if not new and (not fits or (raw is not None and raw != msgspec.json.encode(stamp_of(status)))):
+            _log.error(
+                "data.tar was changed by somebody else: it is filled afresh",
+                extra={"directory": str(self.directory), "size": status.st_size},
+            )
+            os.ftruncate(self._fd, 0)
+            new = True
+        if new:
+            for name in ("spans.durable", "spans.live"):
+                (self.directory / name).unlink(missing_ok=True)
+            sync_directory(self.directory)  # before any span is written: no later start may believe the old marks
+            os.ftruncate(self._fd, self.data_size)
+        return not new
+
     def __enter__(self) -> SpanFile:
         return self
 
@@ -168,8 +255,20 @@ class SpanFile:
             if self._closed:
                 return
             self._closed = True
+            try:
+                os.fsync(self._fd)  # the times, too
+                _write_new(self.directory / "spans.closed", msgspec.json.encode(stamp_of(os.fstat(self._fd))))
+            except OSError as error:  # as after a crash, then
+                _log.debug("no stamp on data.tar", extra={"error": str(error)})
             os.close(self._fd)
             os.close(self._live_fd)
+
+    def hand_over(self) -> int:
+        """Close all but data.tar, whose descriptor is the caller's from now on. Every span is here."""
+        with self._sync_lock:
+            self._closed = True
+            os.close(self._live_fd)
+        return self._fd
 
     @property
     def fd(self) -> int:
@@ -181,11 +280,19 @@ class SpanFile:
         return self.live.find(0, first, last + 1) < 0
 
     def write(self, span: int, offset: int, data: memoryview) -> None:
-        """Put the verified bytes of `span` at `offset` and mark it. Raises OSError; then nothing is marked."""
+        """Put the verified bytes of `span` at `offset` and mark it. Raises OSError; then nothing is marked.
+
+        The last span's bytes reach to the end of the layer's stream: they tell `tar_size`.
+        """
         epoch = self.epoch
+        end = offset + len(data)
+        data = data[: max(self.data_size + MAX_TAIL - offset, 0)]
         position = 0
         while position < len(data):
             position += os.pwrite(self._fd, data[position:], offset + position)
+        if span == len(self.live) - 1:
+            os.pwrite(self._live_fd, _HEADER.pack(_LIVE_MAGIC, self._boot, len(self.live), end), 0)
+            self.tar_size = end
         self._mark(span, epoch)
         self.unsynced += len(data)
 
@@ -209,6 +316,7 @@ class SpanFile:
             if self._closed:
                 return 0  # their numbers may be another file's by now
             marks = bytes(self.live)
+            tar_size = self.tar_size
             self.unsynced = 0
             if marks == self._durable:
                 return sum(marks)
@@ -220,7 +328,7 @@ class SpanFile:
                     self.live[:] = self._durable
                 self._rewrite_live()
                 raise
-            body = _HEADER.pack(_DURABLE_MAGIC, b"", len(marks)) + marks
+            body = _HEADER.pack(_DURABLE_MAGIC, b"", len(marks), tar_size) + marks
             write_atomically(self.directory / "spans.durable", body + hashlib.sha256(body).digest())
             self._durable = marks
             return sum(marks)
@@ -228,31 +336,44 @@ class SpanFile:
     def _rewrite_live(self) -> None:
         os.pwrite(self._live_fd, bytes(self.live), _HEADER.size)
         os.ftruncate(self._live_fd, _HEADER.size + len(self.live))
-        os.pwrite(self._live_fd, _HEADER.pack(_LIVE_MAGIC, self._boot, len(self.live)), 0)
+        header = _HEADER.pack(_LIVE_MAGIC, self._boot, len(self.live), self.tar_size)
+        os.pwrite(self._live_fd, header, 0)
 
-    def _read_live(self, spans: int) -> bytes | None:
+    def _read_live(self, spans: int) -> tuple[bytes, int] | None:
         raw = _read_small(self.directory / "spans.live", _HEADER.size + spans)
-        if raw is None or raw[: _HEADER.size] != _HEADER.pack(_LIVE_MAGIC, self._boot, spans):
+        if raw is None or len(raw) != _HEADER.size + spans:
             return None
-        return _marks(raw[_HEADER.size :])
+        *known, tar_size = _HEADER.unpack_from(raw)
+        return (_marks(raw[_HEADER.size :]), tar_size) if known == [_LIVE_MAGIC, self._boot, spans] else None
 
-    def _read_durable(self, spans: int) -> bytes:
+    def _read_durable(self, spans: int) -> tuple[bytes, int]:
+        nothing = bytes(spans), 0
         raw = _read_small(self.directory / "spans.durable", _HEADER.size + spans + 32)
-        if raw is None or hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
-            return bytes(spans)
-        if raw[: _HEADER.size] != _HEADER.pack(_DURABLE_MAGIC, b"", spans):
-            return bytes(spans)
-        return _marks(raw[_HEADER.size : -32])
+        if raw is None or len(raw) != _HEADER.size + spans + 32:
+            return nothing
+        if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+            return nothing
+        magic, _, count, tar_size = _HEADER.unpack_from(raw)
+        return (
+            (_marks(raw[_HEADER.size : -32]), tar_size)
+            if (magic, count) == (_DURABLE_MAGIC, spans)
+            else nothing
+        )
 
 
-def _read_small(path: Path, size: int) -> bytes | None:
-    """The file's content if it is exactly `size` bytes, else None."""
+def _read_small(path: Path, limit: int = 4096) -> bytes | None:
+    """The file's content, at most one byte more than `limit` of it; None when there is no such file."""
     try:
         with open(path, "rb") as file:
-            raw = file.read(size + 1)
+            return file.read(limit + 1)
     except FileNotFoundError:
         return None
-    return raw if len(raw) == size else None
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """A small file whose loss costs little: torn, it is as good as none."""
+    with open(path, "wb") as file:
+        file.write(data)
 
 
 def _marks(raw: bytes) -> bytes:
