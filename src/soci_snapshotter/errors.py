@@ -59,6 +59,10 @@ class Integrity(SociError):
     exit_code = 7
 
 
+class Condemned(Integrity):
+    """A (layer, ztoc) that was proven not to be what it claims: trying again cannot help, nothing of it is served."""
+
+
 class Unsupported(SociError):
     """Valid input that this program, kernel or filesystem cannot serve."""
 

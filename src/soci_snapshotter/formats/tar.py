@@ -66,17 +66,19 @@ _SPECIAL: Final = (_PAX, _LONG_NAME, _LONG_LINK)
 class TarParser:
     """One tar. `feed` it, then `finish`. Sizes and offsets in bytes of the uncompressed tar."""
 
-    def __init__(self, put_aside: Callable[[list[Entry]], None] | None = None) -> None:
-        """`put_aside`: takes every BATCH entries, which `finish` then does not return."""
+    def __init__(self, put_aside: Callable[[list[Entry]], None] | None = None, *, at: int = 0) -> None:
+        """`put_aside`: takes every BATCH entries, which `finish` then does not return. `at`: the offset in the
+        tar of the first byte fed, where a header (or what belongs before one) begins.
+        """
         self._entries: list[Entry] = []
         self._put_aside = put_aside
         self._count = 0  # of entries, those put aside too
         self._last = b""  # the last one's name
-        self._base = 0  # offset in the tar of the next chunk's first byte
-        self._next = 0  # offset in the tar of the next header or special file
+        self._base = at  # offset in the tar of the next chunk's first byte
+        self._next = at  # offset in the tar of the next header or special file
         self._pending = bytearray()  # the part of it that is there
         self._want = BLOCK  # its size
-        self._data_end = 0  # where the last entry's data ends, without padding
+        self._data_end = at  # where the last entry's data ends, without padding
         self._special = b""  # type of the special file wanted; b"": a header is next
         self._special_size = 0
         self._zero = False  # the last block was zero
@@ -101,8 +103,13 @@ class TarParser:
 
     @property
     def fed(self) -> int:
-        """Bytes fed so far."""
+        """Where in the tar the next byte fed will be: bytes fed so far, when it began at 0."""
         return self._base
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Those found so far and not put aside."""
+        return self._entries
 
     def feed(self, chunk: bytes | memoryview) -> None:
         """The tar's next bytes. Integrity if it is no tar, Unsupported for an entry that no index can

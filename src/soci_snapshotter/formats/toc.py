@@ -17,6 +17,11 @@ from soci_snapshotter.formats.flatbuf import MAX_STRING, WIDTHS, Table, i32, u32
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from mmap import mmap
+    from typing import TypeAlias
+
+    Mapped: TypeAlias = bytes | mmap
+    """What gives bytes when sliced."""
 
 MAX_ENTRIES: Final = 1 << 21
 """A decoded entry takes about 700 bytes; the largest layers seen have some 500,000. Four times that."""
@@ -84,7 +89,7 @@ class _Plan(NamedTuple):
     offsets.
     """
 
-    unpack: Callable[[bytes, int], tuple[int, ...]]
+    unpack: Callable[[Mapped, int], tuple[int, ...]]
     permute: Callable[[tuple[int, ...]], tuple[int, ...]]
     places: tuple[int, ...]
 
@@ -92,7 +97,7 @@ class _Plan(NamedTuple):
 class EntryReader:
     """Reads the metadata vector. `usize` is the tar's size in bytes, which bounds every offset."""
 
-    def __init__(self, data: bytes, usize: int) -> None:
+    def __init__(self, data: Mapped, usize: int) -> None:
         self._data = data
         self._view = memoryview(data)
         self._usize = usize

@@ -110,7 +110,7 @@ class _Builder:
         # The directory a name's part before its last slash means, as spelled; emptied when a directory goes.
         self.heads: dict[bytes, Directory] = {b"": self.root}
         self.implicit_bytes = 0
-        self.clock = _Clock()
+        self.clock = Clock()
 
     def build(self) -> Tree:
         end = 0
@@ -306,8 +306,10 @@ def _say(index: int, entry: Entry) -> str:
     return f"entry {index} {entry.name[:200]!r}"
 
 
-class _Clock:
-    """mod_time to (seconds, nanoseconds). Many entries share a time, and all share a few minutes."""
+class Clock:
+    """The time an entry's inode shows, as (seconds, nanoseconds). Many share a time, and all share a few
+    minutes.
+    """
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[int, int]] = {}

@@ -18,7 +18,19 @@ from soci_snapshotter.formats.toc import MAX_ARCHIVE_SIZE, MAX_ENTRIES, Entry, E
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["MAX_ARCHIVE_SIZE", "VERSION", "Compression", "Entry", "Ztoc", "decode", "decode_spans"]
+    from soci_snapshotter.formats.toc import Mapped
+
+__all__ = [
+    "MAX_ARCHIVE_SIZE",
+    "VERSION",
+    "Compression",
+    "Contents",
+    "Entry",
+    "Ztoc",
+    "decode",
+    "decode_spans",
+    "locate_contents",
+]
 
 VERSION: Final = "0.9"
 """What every known tool writes into `version`."""
@@ -47,6 +59,49 @@ class Ztoc:
     checkpoints: bytes | memoryview
     checkpoints_offset: int
     entries: list[Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Where a ztoc's table of contents is, to read some of its entries out of a mapped file.
+
+    For a ztoc that `decode` accepted: entries are in the tar's order, so that they can be searched.
+    """
+
+    start: int
+    """Byte of the ztoc where the vector of entries begins."""
+    count: int
+    uncompressed_size: int
+
+    def offset(self, data: Buffer, number: int) -> int:
+        """Where in the tar the data of entry `number` begins."""
+        with memoryview(data) as view:
+            at = self.start + 4 * number
+            return Table(view, at + u32(view, at)[0], "metadata").scalar(2, "q", "uncompressed_offset")
+
+    def first_after(self, data: Buffer, position: int) -> int:
+        """The first entry whose data begins after byte `position` of the tar; `count` if there is none."""
+        low, high = 0, self.count
+        while low < high:
+            middle = (low + high) // 2
+            if self.offset(data, middle) > position:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def read(self, data: Mapped, first: int, stop: int) -> list[Entry]:
+        """Entries first..stop-1. Integrity if they are not what `decode` would take."""
+        return EntryReader(data, self.uncompressed_size).read(self.start + 4 * first, stop - first)
+
+
+def locate_contents(data: Buffer) -> Contents:
+    """Where the table of contents is; Integrity as from `decode`."""
+    with memoryview(data) as view:
+        root = Table(view, u32(view, 0)[0], "ztoc")
+        size = root.scalar(3, "q", "uncompressed_archive_size")
+        start, count = root.table(4, "toc").vector(0, 4, "metadata") if root.where(4, 4, "toc") else (0, 0)
+        return Contents(start, count, size)
 
 
 def decode(data: Buffer) -> Ztoc:
