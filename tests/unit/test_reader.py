@@ -59,6 +59,11 @@ class Source:
     play: Callable[[int, bytes], bytes] = lambda number, data: data
     gate: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[int, int]] = field(default_factory=list)
+    group: str = "r.example.com"
+    warmed: int = 0
+
+    def warm(self) -> None:
+        self.warmed += 1
 
     def read_range(self, start: int, end: int, sink: Callable[[memoryview], None], deadline: float) -> None:
         self.asked.append((start, end))
@@ -100,7 +105,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
             source=source,
             replies=kernel,
             pool=pool,
-            options=ReadOptions(flight_seconds=10),
+            options=ReadOptions(flight_seconds=10, ahead=False),
             on_complete=lambda: completions.append(threading.current_thread().name),
         )
         yield Bench(reader, kernel, source, spans, files, pool, completions)

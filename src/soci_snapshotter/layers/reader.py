@@ -1,11 +1,14 @@
 """Reads of one lazy layer: answered at once from data.tar, or parked on the flights of the spans they miss.
 
     FUSE thread   read(): all spans marked -> pread, answer.  Else: park the request on its missing spans, submit
-                  flights for those that nobody fetches yet, return None. It never waits.
+                  flights for those that nobody brings soon, return None. It never waits.
     flight        GET the run's range -> per span: sha256, inflate, pwrite, mark -> answer those who waited for the
                   last of their spans. On failure: EIO to everybody who waited for a span that did not come.
 
-There is one flight per span however many readers; after a failed flight the next read starts afresh.
+There is one flight per span however many readers. A span may be overtaken: by a DEMAND flight when it is still far
+back in a background one, or queued. Then it belongs to the later flight, whichever brings it first lands it, and the
+other passes it by. Only a DEMAND flight answers EIO; readers who joined another kind get a DEMAND flight when that
+fails. After a failed flight the next read starts afresh.
 """
 
 from __future__ import annotations
@@ -15,29 +18,41 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from soci_snapshotter.errors import Integrity, SociError
 from soci_snapshotter.formats.digest import Buffer
+from soci_snapshotter.formats.prefetch import SpanRange, normalize
 from soci_snapshotter.formats.zinfo import SpanTable
+from soci_snapshotter.layers.flight import Counts, Flight, Hold
 from soci_snapshotter.layers.pool import FlightPool, Priority
 from soci_snapshotter.layers.spandecode import SpanIntake
-from soci_snapshotter.policy.runs import Run, join
+from soci_snapshotter.policy import readahead
+from soci_snapshotter.policy.readahead import ReadAhead
+from soci_snapshotter.policy.runs import MAX_RUN_BYTES, Run, join
 from soci_snapshotter.store.layerfiles import SpanFile
 
 _log = logging.getLogger(__name__)
 
+GUESS_SECONDS = 2.0  # a program that starts is elsewhere by then
 SPAN_RETRIES = 1  # a digest mismatch may be a bad proxy or a torn answer; twice the same is the blob
 
 
 class RangeSource(Protocol):
     """Where compressed bytes come from (registry.ranges.BlobReader)."""
 
+    @property
+    def group(self) -> Hashable:
+        """Equal for sources that fail together: the registry."""
+
     def read_range(self, start: int, end: int, sink: Callable[[memoryview], None], deadline: float) -> None:
         """Feed bytes [start, end) of the blob to `sink` in order, or raise Remote; `deadline` is time.monotonic()."""
+
+    def warm(self) -> None:
+        """Have connections ready. Does not raise."""
 
 
 class Replies(Protocol):
@@ -53,6 +68,8 @@ class ReadOptions:
 
     flight_seconds: float = 300.0
     """A flight's whole life, queue included ([blob] fetching_timeout_sec); then its readers get EIO."""
+    ahead: bool = True
+    """Whether what is likely to be read next is fetched before it is."""
 
 
 class _Parked:
@@ -65,6 +82,10 @@ class _Parked:
         self.offset = offset
         self.size = size
         self.missing = missing
+
+
+class _Dropped(OSError):
+    """The layer goes, or the daemon stops: the flight is not wanted any more."""
 
 
 class LayerReader:
@@ -104,9 +125,17 @@ class LayerReader:
         self._lock = threading.Lock()
         self._flights = 0
         self._retired: Callable[[], None] | None = None
-        self._waiting: dict[
-            int, list[_Parked]
-        ] = {}  # span -> who waits for its flight; a key = a flight exists
+        self._owners: dict[int, Flight] = {}  # span -> the flight that is to bring it
+        self._waiting: dict[int, list[_Parked]] = {}  # span -> who waits for it; each has an owner
+        self._ahead = ReadAhead(
+            len(spans),
+            lambda span: spans.compressed_range(span)[1],
+            most=readahead.WINDOW_MOST if options.ahead else 0,
+        )
+        self._watched = self._ahead.watched
+        self.counts = Counts()
+        self.touched = time.monotonic()
+        """When somebody last had to wait, or the layer was opened (time.monotonic())."""
 
     def read(self, unique: int, offset: int, size: int) -> Buffer | None:
         """The bytes, or None when the request was parked; then `replies` hears of `unique` later. Never blocks."""
@@ -118,11 +147,14 @@ class LayerReader:
             return bytes(size)  # between the tar's end and its block's: no span, zeros
         data = self._present(wanted, offset, size)
         if data is not None:
+            if wanted[0] in self._watched or wanted[-1] in self._watched:
+                self._run_ahead(wanted, missed=False)
             return data
-        runs = self._park(unique, offset, size, wanted)
-        if runs is None:
+        fresh = self._park(unique, offset, size, wanted)
+        if fresh is None:
             return os.pread(self._fd, size, offset)
-        self._submit(runs, Priority.DEMAND)
+        self._submit(fresh)
+        self._run_ahead(wanted, missed=True)
         return None
 
     def _present(self, wanted: range, offset: int, size: int) -> bytes | None:
@@ -150,17 +182,92 @@ class LayerReader:
                 return
         then()
 
-    def fetch_ahead(self, spans: Iterable[int]) -> None:
-        """Start flights for those of `spans` that are neither here nor on their way."""
-        with self._lock:
-            missing = [span for span in spans if not self._files.live[span] and span not in self._waiting]
-            for span in missing:
-                self._waiting[span] = []
-        self._submit(self._runs(missing), Priority.AHEAD)
+    def warm(self) -> None:
+        """Have connections to the registry opened, before somebody waits for them."""
+        self._pool.submit(Priority.LISTED, self.source.warm, self.source.group)
 
-    def _park(self, unique: int, offset: int, size: int, wanted: range) -> list[Run] | None:
-        """Park on the missing spans; the runs nobody fetches yet. None: everything arrived meanwhile."""
+    def fetch_ahead(self, spans: Iterable[int], priority: Priority = Priority.AHEAD) -> None:
+        """Start flights, in the order given, for those of `spans` that are neither here nor on their way."""
+        with self._lock:
+            missing = [span for span in spans if not self._files.live[span] and self._free(span, priority)]
+            flights = self._own(missing, priority)
+        self._submit(flights)
+
+    def fetch_listed(self, ranges: Iterable[SpanRange]) -> None:
+        """Start flights for the spans of a prefetch artifact, the lowest priority first.
+
+        Raises Integrity for a span that the layer does not have; then none is started.
+        """
+        wanted = sorted(normalize(ranges), key=lambda item: (item.priority, item.start))
+        count = len(self._spans)
+        for item in wanted:
+            if item.end >= count:
+                raise Integrity(f"span {item.end} of a layer that has {count}")
+        self.fetch_ahead(
+            (span for item in wanted for span in range(item.start, item.end + 1)), Priority.LISTED
+        )
+
+    def _free(self, span: int, priority: Priority) -> bool:
+        """Whether a flight of `priority` may take `span`. Under the lock."""
+        owner = self._owners.get(span)
+        if owner is None:
+            return True
+        return owner.priority > priority and not owner.brings_soon(self._spans.compressed_range(span)[1])
+
+    def missing(self) -> int:
+        """Compressed bytes of the spans that are not here; 0 when the layer is dropped."""
+        if self._retired is not None or self._files.live.find(0) < 0:
+            return 0
+        ranges = (
+            self._spans.compressed_range(span) for span, here in enumerate(self._files.live) if not here
+        )
+        return sum(end - start for start, end in ranges)
+
+    def fetch_background(self, limit: int, hold: Hold) -> int:
+        """Fetch the next spans that nobody brings, up to `limit` compressed bytes or one span, on this thread.
+
+        `hold` is called after each piece, and may wait or raise. Returns how many bytes were asked for, 0 when nothing
+        is left to do. Raises what went wrong: readers who joined are served by a flight of their own then.
+        """
+        with self._lock:
+            run = None if self._retired is not None else self._next_run(limit)
+            if run is None:
+                return 0
+            flight = Flight(run, Priority.BACKGROUND)
+            self._owners.update(dict.fromkeys(range(run.first, run.last + 1), flight))
+            self._flights += 1
+        error = self._flight(flight, time.monotonic() + self._options.flight_seconds, hold)
+        if error is not None:
+            raise error
+        return self._spans.compressed_range(run.last)[1] - self._spans.compressed_range(run.first)[0]
+
+    def _next_run(self, limit: int) -> Run | None:
+        live, owners = self._files.live, self._owners
+        first = live.find(0)
+        while first >= 0 and first in owners:
+            first = live.find(0, first + 1)
+        if first < 0:
+            return None
+        last, start = first, self._spans.compressed_range(first)[0]
+        while (
+            last + 1 < len(self._spans)
+            and not live[last + 1]
+            and last + 1 not in owners
+            and self._spans.compressed_range(last + 1)[1] - start <= limit
+        ):
+            last += 1
+        return Run(first, last)
+
+    def _run_ahead(self, wanted: range, *, missed: bool) -> None:
+        with self._lock:
+            ahead = self._ahead.read(wanted[0], wanted[-1], missed=missed)
+        if ahead.spans:
+            self.fetch_ahead(ahead.spans, Priority.AHEAD if ahead.sure else Priority.GUESS)
+
+    def _park(self, unique: int, offset: int, size: int, wanted: range) -> list[Flight] | None:
+        """Park on the missing spans; flights for those that nobody brings soon. None: everything arrived meanwhile."""
         live = self._files.live
+        self.touched = time.monotonic()
         with self._lock:
             missing = [span for span in wanted if not live[span]]
             if not missing:
@@ -168,72 +275,142 @@ class LayerReader:
             parked = _Parked(unique, offset, size, len(missing))
             fresh = []
             for span in missing:
-                queue = self._waiting.get(span)
-                if queue is None:
-                    self._waiting[span] = [parked]
+                self._waiting.setdefault(span, []).append(parked)
+                if self._free(span, Priority.DEMAND):
                     fresh.append(span)
-                else:
-                    queue.append(parked)
-        return self._runs(fresh)
+            self.counts.parked += 1
+            return self._own(fresh, Priority.DEMAND)
 
-    def _runs(self, spans: list[int]) -> list[Run]:
-        sizes = []
+    def _own(self, spans: list[int], priority: Priority) -> list[Flight]:
+        """Flights for `spans`, which are theirs from now on. Under the lock."""
+        flights = []
+        for run in self._runs(spans):
+            flight = Flight(run, priority)
+            flights.append(flight)
+            for span in range(run.first, run.last + 1):
+                self._owners[span] = flight
+        return flights
+
+    def _runs(self, spans: Iterable[int]) -> list[Run]:
+        spans, sizes = list(spans), []
         for span in spans:
             start, end = self._spans.compressed_range(span)
             sizes.append(end - start)
-        return join(spans, sizes)
+        return join(spans, sizes, MAX_RUN_BYTES)
 
-    def _submit(self, runs: list[Run], priority: Priority) -> None:
+    def _submit(self, flights: list[Flight]) -> None:
         with self._lock:
             retired = self._retired is not None
             if not retired:
-                self._flights += len(runs)
+                self._flights += len(flights)
         if retired:
-            for run in runs:
-                self._failed(range(run.first, run.last + 1), OSError(errno.EIO, "the layer was dropped"))
+            for flight in flights:
+                self._failed(
+                    flight, range(flight.first, flight.last + 1), _Dropped(errno.EIO, "the layer was dropped")
+                )
             return
         deadline = time.monotonic() + self._options.flight_seconds
-        for run in runs:
-            self._pool.submit(priority, partial(self._flight, run, deadline))
+        group = self.source.group
+        for flight in flights:
+            self._pool.submit(
+                flight.priority,
+                partial(self._flight, flight, deadline),
+                group,
+                dropped=partial(self._ended, flight),
+            )
 
-    def _flight(self, run: Run, deadline: float) -> None:
+    def _flight(self, flight: Flight, deadline: float, hold: Hold | None = None) -> BaseException | None:
+        """Bring what is still `flight`'s. Returns what went wrong."""
+        error: BaseException | None = None
         try:
-            self._fly(run, deadline)
-        finally:
             with self._lock:
-                self._flights -= 1
-                then = self._retired if self._flights == 0 else None
-            if then is not None:
-                then()
+                flight.started = True
+                self.counts.flights[flight.priority] += 1
+                mine = [
+                    span
+                    for span in range(flight.first, flight.last + 1)
+                    if self._owners.get(span) is flight and not self._files.live[span]
+                ]
+                stale = flight.priority is Priority.GUESS and time.monotonic() > flight.born + GUESS_SECONDS
+                if stale or self._retired is not None:
+                    mine = [span for span in mine if span in self._waiting]
+            for run in self._runs(mine):
+                error = self._fly(flight, run, deadline, hold) or error
+        finally:
+            self._ended(flight)
+        return error
 
-    def _fly(self, run: Run, deadline: float) -> None:
-        """Fetch a run; whatever happens, everybody who waits for one of its spans is answered."""
+    def _ended(self, flight: Flight) -> None:
+        """`flight` is over, or was never begun because the daemon stops."""
+        with self._lock:
+            self.counts.bytes[flight.priority] += flight.fetched
+            for span in range(flight.first, flight.last + 1):
+                if self._owners.get(span) is flight and span not in self._waiting:
+                    del self._owners[span]
+            self._flights -= 1
+            then = self._retired if self._flights == 0 else None
+        if then is not None:
+            then()
+
+    def _fly(self, flight: Flight, run: Run, deadline: float, hold: Hold | None) -> BaseException | None:
+        """Fetch a run; whatever happens, everybody who waits for one of its spans is answered, now or later."""
         span, retries = run.first, 0
+        failure: BaseException | None = None
         while span <= run.last:
-            intake = SpanIntake(self._spans, self._files, self._windows_fd, span, run.last, self._landed)
+            intake = SpanIntake(
+                self._spans, self._files, self._windows_fd, span, run.last, partial(self._landed, flight)
+            )
+            flight.at, flight.received = span, intake.byte_range[0]
             try:
                 if time.monotonic() >= deadline:
                     raise TimeoutError("the flight's time was over before it started")
-                self.source.read_range(*intake.byte_range, intake.feed, deadline)
+                sink = partial(self._take, flight, intake, hold)
+                self.source.read_range(*intake.byte_range, sink, deadline)
                 intake.finish()
-                return
+                return failure
             except Integrity as error:
                 span, retries = intake.span, retries + 1 if intake.span == span else 1
                 if retries > SPAN_RETRIES:
-                    self._failed([span], error)
-                    span, retries = span + 1, 0
+                    self._failed(flight, [span], error)
+                    span, retries, failure = span + 1, 0, error
             except (SociError, OSError) as error:
-                self._failed(range(intake.span, run.last + 1), error)
-                return
+                self._failed(flight, range(intake.span, run.last + 1), error)
+                return error
             except Exception as error:  # a bug here must not leave a reader waiting for ever
                 _log.exception("flight failed", extra={"layer": self.name, "span": intake.span})
-                self._failed(range(intake.span, run.last + 1), error)
-                return
+                self._failed(flight, range(intake.span, run.last + 1), error)
+                return error
+        return failure
 
-    def _landed(self, span: int) -> None:
+    def _take(self, flight: Flight, intake: SpanIntake, hold: Hold | None, piece: memoryview) -> None:
+        """The sink of a flight: runs once for each piece."""
+        if self._retired is not None and not self._waiting:
+            raise _Dropped(errno.EIO, "the layer was dropped")
+        flight.received += len(piece)
+        if flight.priority < Priority.GUESS:
+            self._pool.moved()
+        flight.fetched += len(piece)
+        intake.feed(piece)
+        flight.at = intake.span
+        if hold is not None:
+            hold(partial(self._hold, flight))
+            flight.held = False
+
+    def _hold(self, flight: Flight) -> bool:
+        """Whether `flight` may be held up: nobody waits for it. As long as it is, nobody joins it."""
+        with self._lock:
+            flight.held = not any(
+                span in self._waiting and self._owners.get(span) is flight
+                for span in range(flight.at, flight.last + 1)
+            )
+            return flight.held
+
+    def _landed(self, flight: Flight, span: int) -> None:
         """`span` is marked: answer those who waited for nothing else."""
         with self._lock:
+            self.counts.spans[flight.priority] += 1
             ready = []
+            self._owners.pop(span, None)
             for parked in self._waiting.pop(span, ()):
                 parked.missing -= 1
                 if parked.missing == 0:
@@ -262,23 +439,46 @@ class LayerReader:
         except Exception:
             _log.exception("completing a layer failed", extra={"layer": self.name})
 
-    def _failed(self, spans: Iterable[int], error: BaseException) -> None:
-        """Give up `spans`: EIO to whoever waits for them (once, though a request may wait for several).
+    def _failed(self, flight: Flight, spans: Iterable[int], error: BaseException) -> None:
+        """Give up those of `spans` that are still `flight`'s.
 
-        While the daemon stops nobody gets an error: the kernel keeps the requests for the next daemon (RESEND).
+        DEMAND: EIO to whoever waits (once, though a request may wait for several). Another kind: a DEMAND flight for
+        the spans that somebody waits for. While the daemon stops nobody gets an error: the kernel keeps the requests
+        for the next daemon (RESEND).
         """
         if self._pool.closed:
             return
         lost: list[_Parked] = []
-        spans = list(spans)
         with self._lock:
+            spans = [span for span in spans if self._owners.get(span) is flight]
+            self.counts.failures[flight.priority] += len(spans)
+            again = [
+                span for span in spans if flight.priority is not Priority.DEMAND and span in self._waiting
+            ]
             for span in spans:
+                del self._owners[span]
+            fresh = self._own(again, Priority.DEMAND)
+            for span in spans:
+                if span in self._owners:
+                    continue
                 for parked in self._waiting.pop(span, ()):
                     if parked.missing > 0:
                         parked.missing = -1  # answered: flights of its other spans pass it by
                         lost.append(parked)
+        self._submit(fresh)
         for parked in lost:
             self._replies.reply_error(parked.unique, errno.EIO)
+        if flight.priority is not Priority.DEMAND:
+            _log.debug(
+                "spans did not come ahead",
+                extra={
+                    "layer": self.name,
+                    "spans": spans,
+                    "priority": flight.priority.name,
+                    "error": str(error),
+                },
+            )
+            return
         for span in spans:
             self._log_failure(span, error)
 

@@ -10,7 +10,7 @@ import time
 from soci_snapshotter.registry.urls import Origin
 
 # As many flights as may be under way at once; more are closed when they come back.
-_KEPT = 16
+_KEPT = 32
 # Servers close idle connections after 60 s and more; below that a kept one is mostly alive.
 _IDLE = 50.0
 
@@ -42,6 +42,18 @@ class ConnectionPool:
                 origin.host, origin.port, timeout=timeout, context=self._context
             )
         return http.client.HTTPConnection(origin.host, origin.port, timeout=timeout)
+
+    def warm(self, origin: Origin, count: int, timeout: float) -> None:
+        """Have `count` idle connections to `origin`, the missing ones opened now. Raises OSError."""
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                idle = sum(now - since < _IDLE for since, _ in self._idle.get(origin, ()))
+                if self._closed or idle >= count:
+                    return
+            connection = self.fresh(origin, timeout)
+            connection.connect()
+            self.give_back(origin, connection)
 
     def give_back(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
         """Keep a connection whose last answer was read to its end."""
