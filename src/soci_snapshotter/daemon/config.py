@@ -202,7 +202,6 @@ _NOT_YET = (
     ("cri_keychain.enable_keychain", lambda c: c.cri_keychain.enable_keychain),
     ("kubeconfig_keychain.enable_keychain", lambda c: c.kubeconfig_keychain.enable_keychain),
     ("pull_modes.parallel_pull_unpack.enable", lambda c: c.pull_modes.parallel_pull_unpack.enable),
-    ("prefetch.enable", lambda c: c.prefetch.enable),
     ("resolver.host", lambda c: bool(c.resolver.host)),
     ("metrics_address", lambda c: bool(c.metrics_address)),
     ("debug_address", lambda c: bool(c.debug_address)),

@@ -15,15 +15,18 @@ import grpc
 
 from soci_snapshotter.containerd.stubs.snapshots_pb2_grpc import add_SnapshotsServicer_to_server
 from soci_snapshotter.daemon.config import Config
+from soci_snapshotter.daemon.fetching import background_rules, flight_limit
 from soci_snapshotter.daemon.snapshots_service import SnapshotsService
 from soci_snapshotter.errors import Config as ConfigError
 from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference as references
+from soci_snapshotter.layers.background import Background
 from soci_snapshotter.layers.lazy import Lazy, Syncer
 from soci_snapshotter.layers.openlayer import Surroundings
 from soci_snapshotter.layers.openlayers import OpenLayers
 from soci_snapshotter.layers.pool import FlightPool
+from soci_snapshotter.layers.prefetching import Prefetcher
 from soci_snapshotter.layers.reader import RangeSource, ReadOptions
 from soci_snapshotter.layers.resolve import DEFAULT_CACHE, IndexResolver
 from soci_snapshotter.layers.workers import MetaWorkers
@@ -44,9 +47,6 @@ from soci_snapshotter.store.layerfiles import LayerRecord, boot_id
 
 _log = logging.getLogger(__name__)
 
-FLIGHTS = (
-    16  # spans under way at once: a link of 10 ms and 500 Mbit/s is full with 16 of 1.3 MB (DATA-PLANE.md)
-)
 RPC_THREADS = 32  # calls block while a layer is resolved; an image has 10 to 30 layers
 META_WORKERS = 2  # processes that build meta.erofs at once
 STOP_SECONDS = 5.0  # what calls under way are given when the daemon stops
@@ -78,7 +78,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
     stack_kind = probe(root)
     with ExitStack() as stack:
         connection = keeper_client.acquire(address.parent)
-        pool = FlightPool(FLIGHTS)
+        pool = FlightPool(flight_limit(config), listed=config.prefetch.max_concurrency)
         # A flight that outlives the pool's patience may still answer: then the descriptor closes with the process.
         stack.callback(lambda: connection.close() if pool.idle else None)
         fresh = connection.fresh  # entering the server does not change what it was
@@ -114,6 +114,9 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         stack.enter_context(Syncer(layers))
         stack.enter_context(server)
         stack.enter_context(pool)
+        off = config.background_fetch.disable
+        stack.enter_context(Background(layers.layers, pool, background_rules(config), enabled=not off))
+        prefetcher = stack.enter_context(Prefetcher(client, enabled=config.prefetch.enable))
         modes = config.pull_modes
         resolver = IndexResolver(
             client,
@@ -124,7 +127,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         snapshotter = stack.enter_context(
             Snapshotter(
                 os.fsencode(root / "snapshotter"),
-                lazy=Lazy(layers, resolver, client, content),
+                lazy=Lazy(layers, resolver, client, content, prefetcher),
                 options=PrepareOptions(discover=modes.soci_v1.enable or modes.soci_v2.enable),
                 overlay_options=overlay_options(),
             )

@@ -17,6 +17,7 @@ from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.layers import ztocs
 from soci_snapshotter.layers.openlayer import LayerKey
 from soci_snapshotter.layers.openlayers import OpenLayers
+from soci_snapshotter.layers.prefetching import Prefetcher
 from soci_snapshotter.layers.resolve import IndexResolver
 from soci_snapshotter.layers.turns import Turns
 from soci_snapshotter.policy.lazy import (
@@ -44,12 +45,18 @@ class Lazy:
     """Implements snapshotter.ports.LazyLayers over the open layers."""
 
     def __init__(
-        self, layers: OpenLayers, resolver: IndexResolver, client: RegistryClient, content: ContentStore
+        self,
+        layers: OpenLayers,
+        resolver: IndexResolver,
+        client: RegistryClient,
+        content: ContentStore,
+        prefetcher: Prefetcher,
     ) -> None:
         self._layers = layers
         self._resolver = resolver
         self._client = client
         self._content = content
+        self._prefetcher = prefetcher
         self._turns = Turns()
 
     def prepare(self, request: LazyRequest) -> LazyLayer | Declined:
@@ -70,6 +77,8 @@ class Lazy:
         )
         mounted = self._layers.prepare(LayerKey(layer, ztoc.digest), str(reference), lowers, layer_size)
         opened = self._layers.layer_of(mounted.number)
+        if opened is not None and index is not None:
+            self._prefetcher.prepared(reference, index, opened.reader)
         size = opened.allocated() if opened is not None else 0
         return LazyLayer(str(mounted.key), mounted.number, size, mounted.entries)
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 from soci_snapshotter.errors import SociError
+from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import prefetch
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
@@ -41,14 +42,14 @@ class Prefetcher:
     ) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def prepared(self, reference: Reference, index: SociIndex, reader: LayerReader, layer: str) -> None:
-        """A layer (digest `layer`) is mounted. Returns at once."""
-        reader.warm()
-        if not self._enabled:
+    def prepared(self, reference: Reference, index: SociIndex, reader: LayerReader) -> None:
+        """A layer of `index`'s image is mounted. Returns at once."""
+        if not reader.missing():
             return
-        for digest, artifact in index.prefetch.items():
-            if str(digest) == layer:
-                self._executor.submit(self._follow, reference, artifact, reader)
+        reader.warm()
+        artifact = index.prefetch.get(digests.parse(reader.name))
+        if self._enabled and artifact is not None:
+            self._executor.submit(self._follow, reference, artifact, reader)
 
     def _follow(self, reference: Reference, artifact: Descriptor, reader: LayerReader) -> None:
         try:

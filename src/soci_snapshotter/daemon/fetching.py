@@ -1,0 +1,37 @@
+"""What config.toml says about fetching, in the terms of layers/ and policy/.
+
+Values that equal the Go daemon's defaults count as unset where ours are better: nobody stays slow because
+`config default` was saved.
+"""
+
+from __future__ import annotations
+
+from soci_snapshotter.daemon.config import BackgroundFetch, Config
+from soci_snapshotter.policy.schedule import Rules
+
+_UNSET = BackgroundFetch()
+
+
+def flight_limit(config: Config) -> int | None:
+    """Requests for spans at once, over all registries; None for no bound (negative; 0 is the default)."""
+    if config.max_concurrency < 0:
+        return None
+    return config.max_concurrency or Config().max_concurrency
+
+
+def background_rules(config: Config) -> Rules:
+    """When and how much the background fetch fetches."""
+    said, ours = config.background_fetch, Rules()
+    silence, patience = ours.silence, ours.patience
+    if said.silence_period_msec not in (0, _UNSET.silence_period_msec):
+        silence = said.silence_period_msec / 1000
+        patience = max(patience, 10 * silence)
+    other_period = said.fetch_period_msec not in (0, _UNSET.fetch_period_msec)
+    other_queue = said.max_queue_size not in (0, _UNSET.max_queue_size)
+    return Rules(
+        silence=silence,
+        patience=patience,
+        period=said.fetch_period_msec / 1000 if other_period else ours.period,
+        queue=said.max_queue_size if other_queue else ours.queue,
+        drop_newest=said.drop_policy == "newest",
+    )
