@@ -41,23 +41,5 @@ class Flight:
         return self.priority is not Priority.BACKGROUND or end - self.received <= JOIN_BYTES
 
 
-class Counts:
-    """What one layer's flights did, by priority. Written under the reader's lock, read without."""
-
-    __slots__ = ("bytes", "failures", "flights", "parked", "spans")
-
-    def __init__(self) -> None:
-        self.flights = [0] * len(Priority)
-        """Begun."""
-        self.bytes = [0] * len(Priority)
-        """Compressed bytes received."""
-        self.spans = [0] * len(Priority)
-        """Verified and written."""
-        self.failures = [0] * len(Priority)
-        """Spans given up."""
-        self.parked = 0
-        """Requests of the kernel that had to wait."""
-
-
 Hold = Callable[[Callable[[], bool]], None]
 """Told after each piece of a background flight whether somebody waits for it; returns when it may go on, or raises."""

@@ -27,10 +27,11 @@ from soci_snapshotter.errors import Integrity, SociError
 from soci_snapshotter.formats.digest import Buffer
 from soci_snapshotter.formats.prefetch import SpanRange, normalize
 from soci_snapshotter.formats.zinfo import SpanTable
-from soci_snapshotter.layers.flight import Counts, Flight, Hold
+from soci_snapshotter.layers.flight import Flight, Hold
 from soci_snapshotter.layers.pool import FlightPool, Priority
 from soci_snapshotter.layers.spandecode import SpanIntake
 from soci_snapshotter.policy import readahead
+from soci_snapshotter.policy.counters import LayerCounters
 from soci_snapshotter.policy.readahead import ReadAhead
 from soci_snapshotter.policy.runs import MAX_RUN_BYTES, Run, join
 from soci_snapshotter.store.layerfiles import SpanFile
@@ -75,9 +76,10 @@ class ReadOptions:
 class _Parked:
     """One FUSE request and how many of its spans are still missing."""
 
-    __slots__ = ("missing", "offset", "size", "unique")
+    __slots__ = ("missing", "offset", "size", "started", "unique")
 
     def __init__(self, unique: int, offset: int, size: int, missing: int) -> None:
+        self.started = time.monotonic_ns()
         self.unique = unique
         self.offset = offset
         self.size = size
@@ -103,6 +105,7 @@ class LayerReader:
         pool: FlightPool,
         options: ReadOptions,
         on_complete: Callable[[], None] | None = None,
+        counters: LayerCounters | None = None,
     ) -> None:
         """`name` is for the log (layer digest); `windows_fd` is the ztoc file, whose windows are pread when needed.
 
@@ -133,12 +136,14 @@ class LayerReader:
             most=readahead.WINDOW_MOST if options.ahead else 0,
         )
         self._watched = self._ahead.watched
-        self.counts = Counts()
+        counters = LayerCounters() if counters is None else counters
+        self.counts, self._reads = counters.flights, counters.reads
         self.touched = time.monotonic()
         """When somebody last had to wait, or the layer was opened (time.monotonic())."""
 
     def read(self, unique: int, offset: int, size: int) -> Buffer | None:
         """The bytes, or None when the request was parked; then `replies` hears of `unique` later. Never blocks."""
+        started = time.monotonic_ns()
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
@@ -149,10 +154,13 @@ class LayerReader:
         if data is not None:
             if wanted[0] in self._watched or wanted[-1] in self._watched:
                 self._run_ahead(wanted, missed=False)
+            self._reads.answered(time.monotonic_ns() - started, size)
             return data
         fresh = self._park(unique, offset, size, wanted)
         if fresh is None:
-            return os.pread(self._fd, size, offset)
+            data = os.pread(self._fd, size, offset)
+            self._reads.answered(time.monotonic_ns() - started, size)
+            return data
         self._submit(fresh)
         self._run_ahead(wanted, missed=True)
         return None
@@ -420,8 +428,10 @@ class LayerReader:
                 data = os.pread(self._fd, parked.size, parked.offset)
             except OSError as error:
                 self._log_failure(span, error)
+                self._reads.refused()
                 self._replies.reply_error(parked.unique, errno.EIO)
             else:
+                self._reads.answered(time.monotonic_ns() - parked.started, parked.size)
                 self._replies.reply(parked.unique, data)
         self._tell()
 
@@ -467,6 +477,7 @@ class LayerReader:
                         lost.append(parked)
         self._submit(fresh)
         for parked in lost:
+            self._reads.refused()
             self._replies.reply_error(parked.unique, errno.EIO)
         if flight.priority is not Priority.DEMAND:
             _log.debug(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from soci_snapshotter.errors import Integrity, Remote, SociError
 from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.formats.httpfields import Range, parse_content_range, parse_retry_after
+from soci_snapshotter.policy.counters import LayerCounters
 from soci_snapshotter.policy.retry import is_transient
 from soci_snapshotter.registry import failures, urls
 from soci_snapshotter.registry.auth import Scope
@@ -59,12 +60,19 @@ class BlobReader:
     """Ranges of one blob of `size` bytes. Thread safe; `bytes_fetched` counts body bytes received."""
 
     def __init__(
-        self, client: RegistryClient, pool: ConnectionPool, repo: Repo, digest: Digest, size: int
+        self,
+        client: RegistryClient,
+        pool: ConnectionPool,
+        repo: Repo,
+        digest: Digest,
+        size: int,
+        counters: LayerCounters | None = None,
     ) -> None:
         options = client.options
         self._options = options
         self._auth = client.session.authenticator
         self._pool = pool
+        self._counters = LayerCounters() if counters is None else counters
         self._size = size
         self._scope = Scope(repo.host, repo.repository, "pull")
         self._subject = Subject(repo.host, repo.repository, f"blob {digest}")
@@ -178,7 +186,7 @@ class BlobReader:
         url = self._target or self._home
         at_home = url == self._home
         for _ in range(urls.MAX_REDIRECTS + 3):  # an expired target and one renewal beside the hops
-            exchange = self._send(url, wanted, authorization if at_home else None, deadline)
+            exchange = self._timed_send(url, wanted, authorization if at_home else None, deadline)
             status = exchange.response.status
             if status in (200, 206):
                 if not at_home:
@@ -213,6 +221,17 @@ class BlobReader:
         if answer is None:
             raise failures.refused(self._subject, status, body)
         return answer
+
+    def _timed_send(self, url: str, wanted: Range, authorization: str | None, deadline: float) -> _Exchange:
+        """_send, and how long it took until the head of the answer was here, or no answer was to be had."""
+        started, operation = time.monotonic(), "remote_registry_get"
+        try:
+            exchange = self._send(url, wanted, authorization, deadline)
+            if exchange.response.status in urls.REDIRECTS:
+                operation = "blob_redirect"
+            return exchange
+        finally:
+            self._counters.duration(operation).observe((time.monotonic() - started) * 1000)
 
     def _send(self, url: str, wanted: Range, authorization: str | None, deadline: float) -> _Exchange:
         origin, target = urls.split(url)
