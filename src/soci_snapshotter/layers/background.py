@@ -18,6 +18,7 @@ from typing import Protocol
 from soci_snapshotter.errors import Integrity, SociError
 from soci_snapshotter.layers.pool import CALM_SECONDS, FlightPool
 from soci_snapshotter.layers.reader import LayerReader
+from soci_snapshotter.policy.counters import Counters
 from soci_snapshotter.policy.schedule import Layer, Rules, Schedule, Turn
 
 _log = logging.getLogger(__name__)
@@ -69,11 +70,14 @@ class Background:
         rules: Rules,
         *,
         enabled: bool = True,
+        counters: Counters | None = None,
     ) -> None:
         """`layers()` are those that may lack something; it is called twice a second."""
         self._layers = layers
         self._pool = pool
         self._enabled = enabled
+        self._counters = Counters() if counters is None else counters
+        self._begun: dict[object, float] = {}  # layer -> when its first range was asked for
         self._schedule = Schedule(rules)
         self._lock = threading.Lock()
         self._ending = threading.Event()
@@ -137,12 +141,15 @@ class Background:
                 waiting.append(Layer(key, sources[0] if sources else "", missing, layer.reader.touched))
         with self._lock:
             self._schedule.update(waiting, now)
+            self._begun = {key: since for key, since in self._begun.items() if key in found}
             if quiet < CALM_SECONDS:
                 return None, None
             turn = self._schedule.next(now, quiet)
         return (None, None) if turn is None else (found[turn.key], turn)
 
     def _fetch(self, layer: Fillable, turn: Turn) -> None:
+        with self._lock:
+            begun = self._begun.setdefault(turn.key, time.monotonic())
         try:
             came = layer.reader.fetch_background(turn.limit, self._hold)
         except _Stopping:
@@ -162,6 +169,9 @@ class Background:
                 self._schedule.succeeded(turn.key)
                 self.ranges += came > 0
                 self.bytes += came
+            if came and not layer.reader.missing():
+                took = self._counters.layer(layer.reader.name).duration("background_fetch")
+                took.observe((time.monotonic() - begun) * 1000)
             if not came:  # the rest of the layer is on its way to readers
                 self._ending.wait(LOOK_SECONDS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from soci_snapshotter.formats.oci import Manifest
 from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.formats.sociindex import SociIndex
 from soci_snapshotter.layers.turns import Turns
+from soci_snapshotter.policy.counters import Counters
 from soci_snapshotter.policy.discovery import Source, sources
 from soci_snapshotter.registry.client import RegistryClient
 
@@ -50,10 +52,19 @@ class Found:
 class IndexResolver:
     """Finds indexes. Thread safe. Only what cannot change is remembered: an index that was found, never a failure."""
 
-    def __init__(self, client: RegistryClient, *, v1: bool, v2: bool, entries: int = DEFAULT_CACHE) -> None:
+    def __init__(
+        self,
+        client: RegistryClient,
+        *,
+        v1: bool,
+        v2: bool,
+        entries: int = DEFAULT_CACHE,
+        counters: Counters | None = None,
+    ) -> None:
         self._client = client
         self._v1, self._v2 = v1, v2
         self._entries = entries
+        self._counters = Counters() if counters is None else counters
         self._turns = Turns()
         self._lock = threading.Lock()
         self._found: OrderedDict[Image, SociIndex] = OrderedDict()
@@ -76,7 +87,14 @@ class IndexResolver:
             return found
 
     def _look(self, reference: Reference, image: Image) -> SociIndex | None:
-        return look(self._client, reference, image, v1=self._v1, v2=self._v2).index
+        started = time.monotonic()
+        found = look(self._client, reference, image, v1=self._v1, v2=self._v2)
+        if (
+            found.index is not None
+        ):  # the last step named it; this metric's "layer" is the index, as the Go daemon's
+            took = self._counters.layer(str(found.steps[-1].named)).duration("soci_index_fetch")
+            took.observe((time.monotonic() - started) * 1000)
+        return found.index
 
 
 def look(client: RegistryClient, reference: Reference, image: Image, *, v1: bool, v2: bool) -> Found:
