@@ -72,6 +72,7 @@ class _Commands(click.Group):
         "ztoc",
         "prefetch",
         "rebuild-db",
+        "status",
         "why",
     )
 
