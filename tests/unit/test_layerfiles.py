@@ -94,7 +94,7 @@ def test_records_round_trip_and_are_checked(tmp_path: Path) -> None:
     assert layerfiles.read_record(directory) == record
     assert list(layerfiles.scan(tmp_path)) == [directory]
     assert record.with_source("b").sources == ("b", "r.example.com/a:1")
-    assert record.with_mount("g", 4).without_mount(3).mounts == {"g": 4}
+    assert record.with_shown("g", 4, 4, 0, local=False).without_mount(3).mounts == {"g": 4}
     layerfiles.write_record(directory, LayerRecord(str(ztoc), str(layer), 1, 0, (), {}))
     with pytest.raises(Integrity):
         layerfiles.read_record(directory)

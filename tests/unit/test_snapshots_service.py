@@ -41,6 +41,12 @@ class Layers:
         self.requests.append(request)
         return LazyLayer("layer", 1, 4096, 1)
 
+    def serves(self, request: LazyRequest, mount_id: int, layer_key: str) -> None:
+        assert (mount_id, layer_key) == (1, "layer")
+
+    def committed(self, mount_id: int) -> None:
+        assert mount_id == 1
+
     def lowerdir(self, mount_id: int) -> bytes:
         assert mount_id == 1
         return self.path()

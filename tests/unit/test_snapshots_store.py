@@ -240,9 +240,9 @@ def test_ids_are_never_used_twice(tmp_path: Path) -> None:
 def test_other_format_is_refused(tmp_path: Path) -> None:
     """A file of a later version is not touched, and the error says what to do."""
     with sqlite3.connect(path(tmp_path)) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
-    with pytest.raises(Config, match="format 2"):
+    with pytest.raises(Config, match="format 3"):
         SnapshotStore(path(tmp_path))
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from soci_snapshotter.errors import AlreadyExists, Config, Integrity, Invalid, NotFound, Precondition, Remote
 from soci_snapshotter.policy import prepare as policy
+from soci_snapshotter.policy.proof import DIFF_ID
 from soci_snapshotter.snapshotter.flight import Flights
 from soci_snapshotter.snapshotter.mounts import Mount, Stack, mounts
 from soci_snapshotter.snapshotter.ports import (
@@ -41,6 +42,8 @@ class Layers:
     requests: list[LazyRequest] = field(default_factory=list)
     answer: Callable[[LazyRequest], LazyLayer | Declined] | None = None
     shift: int = 0
+    refusal: str | None = None
+    commits: list[int] = field(default_factory=list)
     references: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -60,6 +63,12 @@ class Layers:
 
     def path(self, mount_id: int) -> Path:
         return self.top / f"m{mount_id + self.shift}"
+
+    def serves(self, request: LazyRequest, mount_id: int, layer_key: str) -> str | None:
+        return self.refusal
+
+    def committed(self, mount_id: int) -> None:
+        self.commits.append(mount_id)
 
     def lowerdir(self, mount_id: int) -> bytes:
         if self.path(mount_id).exists():
@@ -722,3 +731,59 @@ def test_kernel_takes_a_repeated_layer(snapshots: Snapshotter, layers: Layers, t
         assert (target / "g").read_text() == "two"
     finally:
         subprocess.run(["umount", target], check=True)
+
+
+# Proof
+
+
+def test_a_condemned_snapshot_is_no_parent(snapshots: Snapshotter, layers: Layers) -> None:
+    """Nobody finds it or builds on it, what stands on it cannot be mounted, and the layer is asked for anew."""
+    name = lazily(snapshots, 0)
+    top = lazily(snapshots, 1, name)
+    snapshots.prepare("a", top, {})
+    [claim] = snapshots.claims([1])
+    snapshots.condemn({claim.snapshot: "layer X has the DiffID Y"})
+    assert snapshots.claims([1]) == []
+    with pytest.raises(Integrity, match="DiffID Y; remove the image"):
+        snapshots.mounts("a")
+    with pytest.raises(Integrity, match="DiffID Y"):
+        snapshots.prepare("b", top, {})
+    assert list(snapshots.walk([f'labels."{policy.TARGET}"=={D[0]}'])) == []
+    again = lazily(snapshots, 0)
+    assert again != name
+    snapshots.prepare("c", again, {})
+    snapshots.remove("a")
+    snapshots.remove(top)
+    snapshots.remove(name)
+    assert ("release", 1) in layers.log
+
+
+def test_claims_of_rows(snapshots: Snapshotter) -> None:
+    """Target, parent's chain ID (also above a condemned parent), DiffID label and image are the row's own."""
+    name = lazily(snapshots, 0)
+    lazily(snapshots, 1, name)
+    [bottom] = snapshots.claims([1])
+    assert (bottom.target, bottom.parent_chain_id, bottom.image) == (D[0], "", "registry.test/image:1")
+    assert [claim.parent_chain_id for claim in snapshots.claims([2])] == [D[0]]
+    snapshots.condemn({bottom.snapshot: "why"})
+    assert [claim.parent_chain_id for claim in snapshots.claims([1, 2])] == [D[0]]
+    with pytest.raises(AlreadyExists):
+        snapshots.prepare("default/1/x", "", pull(2, **{DIFF_ID: D[5]}))
+    assert [claim.diff_id for claim in snapshots.claims([3])] == [D[5]]
+
+
+def test_every_lazy_commit_is_told(snapshots: Snapshotter, layers: Layers) -> None:
+    """Whoever completes layers hears of each new row, and only when it is there."""
+    lazily(snapshots, 0)
+    assert layers.commits == [1]
+
+
+def test_a_chain_id_alone_does_not_share(snapshots: Snapshotter, layers: Layers) -> None:
+    """Another image that claims the chain ID of a lazy snapshot gets it only when the layers say so."""
+    lazily(snapshots, 0)
+    layers.refusal = "not proven"
+    assert only(snapshots.prepare("other/1/x", "", pull(0))).type == "bind"
+    layers.refusal = None
+    with pytest.raises(AlreadyExists):
+        snapshots.prepare("other/2/x", "", pull(0))
+    assert len(layers.requests) == 1

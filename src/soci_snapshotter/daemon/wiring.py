@@ -22,6 +22,7 @@ from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference as references
 from soci_snapshotter.layers.background import Background
+from soci_snapshotter.layers.complete import Completer
 from soci_snapshotter.layers.lazy import Lazy, Syncer
 from soci_snapshotter.layers.openlayer import Surroundings
 from soci_snapshotter.layers.openlayers import OpenLayers
@@ -127,12 +128,23 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         snapshotter = stack.enter_context(
             Snapshotter(
                 os.fsencode(root / "snapshotter"),
-                lazy=Lazy(layers, resolver, client, content, prefetcher),
+                lazy=Lazy(
+                    layers,
+                    resolver,
+                    client,
+                    content,
+                    prefetcher,
+                    min_layer_size=config.snapshotter.min_layer_size,
+                ),
                 options=PrepareOptions(discover=modes.soci_v1.enable or modes.soci_v2.enable),
                 overlay_options=overlay_options(),
             )
         )
+        layers.attach(snapshotter)
         layers.restore_mounts((number for number, _ in snapshotter.lazy_rows()), fresh=fresh)
+        completer = Completer(layers)
+        layers.on_full = completer.submit
+        stack.enter_context(completer)
         cleanup = threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True)
         stack.callback(cleanup.join)
         cleanup.start()

@@ -6,14 +6,18 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from soci_snapshotter.errors import SociError
+from soci_snapshotter.errors import Integrity, SociError
 from soci_snapshotter.formats import digest as digests
+from soci_snapshotter.formats import oci
 from soci_snapshotter.formats import reference as references
+from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
+from soci_snapshotter.formats.sociindex import SociIndex
 from soci_snapshotter.layers import ztocs
 from soci_snapshotter.layers.openlayer import LayerKey
 from soci_snapshotter.layers.openlayers import OpenLayers
@@ -29,6 +33,7 @@ from soci_snapshotter.policy.lazy import (
     Usage,
     ztoc_of,
 )
+from soci_snapshotter.policy.proof import DIFF_ID, Claim, claim_of
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.store.content import ContentStore
 
@@ -50,8 +55,12 @@ class Lazy:
         resolver: IndexResolver,
         client: RegistryClient,
         content: ContentStore,
-        prefetcher: Prefetcher,
+        prefetcher: Prefetcher | None = None,
+        *,
+        min_layer_size: int = 0,
     ) -> None:
+        """`min_layer_size`: bytes; smaller layers are left to containerd."""
+        self._min_layer_size = min_layer_size
         self._layers = layers
         self._resolver = resolver
         self._client = client
@@ -63,24 +72,50 @@ class Lazy:
         """Mount the layer of `request`. A SociError or OSError means it could not be; nothing is left of the try."""
         reference = references.parse(request.image_ref)
         layer = digests.parse(request.layer_digest)
-        manifest = digests.parse(request.manifest_digest)
-        explicit = digests.parse(request.index_digest) if request.index_digest else None
-        index = self._resolver.index_for(reference, manifest, explicit)
-        ztoc = ztoc_of(index, layer)
+        size = _stated_size(request)
+        index = self._index(request, reference)
+        ztoc = ztoc_of(index, layer, size, self._min_layer_size)
         if isinstance(ztoc, Declined):
             return ztoc
+        claim, labels = self._claim(request, reference)
+        if claim is None:
+            return Declined("neither the chain nor the image's config says what the layer must be")
         self._fetch_ztoc(reference, ztoc)
-        lowers = [self._lower(lower) for lower in request.parent_chain]
-        stated = request.labels.get(SIZE_LABEL, "")
-        layer_size = (
-            int(stated) if stated.isascii() and stated.isdecimal() and len(stated) < _DIGITS else None
-        )
-        mounted = self._layers.prepare(LayerKey(layer, ztoc.digest), str(reference), lowers, layer_size)
+        lazy = [lower.mount_id for lower in request.parent_chain if isinstance(lower, LazyLower)]
+        with self._layers.pinned(lazy) as paths:
+            lowers = [
+                Path(os.fsdecode(lower.path)) if isinstance(lower, LocalLower) else paths[lower.mount_id]
+                for lower in request.parent_chain
+            ]
+            mounted = self._layers.prepare(LayerKey(layer, ztoc.digest), str(reference), lowers, size, claim)
+        if isinstance(mounted, Declined):
+            _log.error("layer declined: it is not what the image says", extra={"reason": mounted.reason})
+            return mounted
         opened = self._layers.layer_of(mounted.number)
-        if opened is not None and index is not None:
-            self._prefetcher.prepared(reference, index, opened.reader)
-        size = opened.allocated() if opened is not None else 0
-        return LazyLayer(str(mounted.key), mounted.number, size, mounted.entries)
+        reading = opened.lazy if opened is not None else None
+        if reading is not None and index is not None and self._prefetcher is not None:
+            self._prefetcher.prepared(reference, index, reading.reader)
+        usage = self.usage(mounted.number)
+        return LazyLayer(str(mounted.key), mounted.number, usage.size, usage.inodes, labels)
+
+    def serves(self, request: LazyRequest, mount_id: int, layer_key: str) -> str | None:
+        """None when a lazy snapshot of the same chain ID may stand for `request`, else why not.
+
+        While nothing is proven the same chain ID is only a claim: then it must be the same layer with the same ztoc.
+        """
+        layer = self._layers.layer_of(mount_id)
+        if layer is not None and layer.record.complete:
+            return None  # its snapshots were judged, or will be in a moment
+        reference = references.parse(request.image_ref)
+        digest = digests.parse(request.layer_digest)
+        ztoc = ztoc_of(self._index(request, reference), digest)
+        if not isinstance(ztoc, Declined) and layer_key == str(LayerKey(digest, ztoc.digest)):
+            return None
+        return "another image's layer has the same chain ID, and is not complete yet: it may be a lie"
+
+    def committed(self, mount_id: int) -> None:
+        """The snapshot of a prepared layer is committed."""
+        self._layers.committed(mount_id)
 
     def lowerdir(self, mount_id: int) -> bytes:
         """The path of the mount. Raises Remote when it is not available."""
@@ -89,9 +124,7 @@ class Lazy:
     def usage(self, mount_id: int) -> Usage:
         """What the layer's files take on disk now."""
         layer = self._layers.layer_of(mount_id)
-        if layer is None:
-            return Usage()
-        return Usage(layer.allocated(), 1)
+        return Usage() if layer is None else Usage(*layer.allocated())
 
     def release(self, mount_ids: Sequence[int]) -> None:
         """Take back one reference for each id."""
@@ -99,17 +132,49 @@ class Lazy:
             self._layers.release(number)
 
     def returned(self, paths: frozenset[bytes]) -> None:
-        """Mounts are never superseded while a snapshot names them, so nothing waits for this."""
+        """No active or view snapshot holds these lowerdirs any longer."""
+        self._layers.returned(paths)
+
+    def _index(self, request: LazyRequest, reference: Reference) -> SociIndex | None:
+        explicit = digests.parse(request.index_digest) if request.index_digest else None
+        return self._resolver.index_for(reference, digests.parse(request.manifest_digest), explicit)
+
+    def _claim(self, request: LazyRequest, reference: Reference) -> tuple[Claim | None, dict[str, str]]:
+        """What the layer must turn out to be, and the label that says it where only the image's config does."""
+        image = str(reference)
+        claim = claim_of(
+            request.labels, target=request.target, parent_chain_id=request.parent_chain_id, image=image
+        )
+        if claim.provable:
+            return claim, {}
+        diff_id = self._diff_id(reference, digests.parse(request.manifest_digest), request.layer_digest)
+        if diff_id is None:
+            return None, {}
+        return replace(claim, diff_id=diff_id), {DIFF_ID: diff_id}
+
+    def _diff_id(self, reference: Reference, digest: Digest, layer: str) -> str | None:
+        """The DiffID that the image's config gives the layer, None when it gives none, or several."""
+        described = self._client.resolve(reference.with_digest(digest))
+        manifest = oci.decode_manifest(self._client.fetch(reference, described, oci.MANIFEST_LIMIT))
+        if not isinstance(manifest, oci.Manifest):
+            raise Integrity(f"{reference}: {digest} is an index, not the manifest of an image")
+        config = oci.decode_config(self._client.fetch(reference, manifest.config, oci.CONFIG_LIMIT))
+        if len(config.diff_ids) != len(manifest.layers):
+            return None
+        pairs = zip(manifest.layers, config.diff_ids, strict=True)
+        named = {str(diff_id) for descriptor, diff_id in pairs if descriptor.digest == layer}
+        return named.pop() if len(named) == 1 else None
 
     def _fetch_ztoc(self, reference: Reference, ztoc: Descriptor) -> None:
         with self._turns.turn(ztoc.digest):
             if not self._content.exists(ztoc.digest):
                 ztocs.fetch(self._client, self._content, reference, ztoc)
 
-    def _lower(self, lower: LocalLower | LazyLower) -> Path:
-        if isinstance(lower, LocalLower):
-            return Path(os.fsdecode(lower.path))
-        return self._layers.lowerdir(lower.mount_id)
+
+def _stated_size(request: LazyRequest) -> int | None:
+    """Bytes of the layer's blob as a label says, None without one."""
+    stated = request.labels.get(SIZE_LABEL, "")
+    return int(stated) if stated.isascii() and stated.isdecimal() and len(stated) < _DIGITS else None
 
 
 class Syncer:

@@ -1,7 +1,8 @@
-"""One open lazy layer: its files, its spans, its reader, its mounts."""
+"""One layer: its directory and record; while it is lazy and mounted its files, spans and reader."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import msgspec
 
 from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import ztoc
@@ -18,7 +21,14 @@ from soci_snapshotter.layers.meta import data_size
 from soci_snapshotter.layers.pool import FlightPool
 from soci_snapshotter.layers.reader import LayerReader, RangeSource, ReadOptions, Replies
 from soci_snapshotter.layers.spandecode import check_sizes
-from soci_snapshotter.store.layerfiles import LayerRecord, SpanFile, write_record
+from soci_snapshotter.store.layerfiles import (
+    LayerRecord,
+    SpanFile,
+    Stamp,
+    stamp_of,
+    sync_directory,
+    write_record,
+)
 
 
 class LayerKey(NamedTuple):
@@ -44,9 +54,16 @@ class Surroundings:
 
 
 class OpenLayer:
-    """Files and reader of one (layer, ztoc). Close it when no FUSE handle is left."""
+    """Files and reader of a lazy (layer, ztoc) that is served. Close it when no FUSE handle is left."""
 
-    def __init__(self, directory: Path, record: LayerRecord, ztoc_path: Path, around: Surroundings) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        record: LayerRecord,
+        ztoc_path: Path,
+        around: Surroundings,
+        on_complete: Callable[[], None] | None = None,
+    ) -> None:
         """Open from disk. Raises Integrity or Unsupported for a ztoc that cannot be served, OSError from the disk."""
         self.directory = directory
         self.record = record
@@ -69,13 +86,16 @@ class OpenLayer:
             replies=around.replies,
             pool=around.pool,
             options=around.options,
+            on_complete=on_complete,
         )
 
-    def save(self, record: LayerRecord) -> None:
-        """Make `record` the layer's, durably; a new first source is fetched from at once."""
-        if record == self.record:
-            return
-        write_record(self.directory, record)
+    @property
+    def full(self) -> bool:
+        """Whether every span is here."""
+        return self.files.live.find(0) < 0
+
+    def renew(self, record: LayerRecord) -> None:
+        """The record changed; a new first source is fetched from at once."""
         if record.sources != self.record.sources:
             self.reader.source = self._around.source(record, self.compressed_size)
         self.record = record
@@ -84,9 +104,103 @@ class OpenLayer:
         """Close the descriptors, when the last flight has ended. The node is not served any more."""
         self.reader.retire(self._close_files)
 
+    def hand_over(self) -> int:
+        """Close what only a lazy layer needs; the descriptor of data.tar stays open and is the caller's.
+
+        Every span is here, so that nobody reads anything else, and a FUSE thread may be in pread at this moment.
+        """
+        self.reader.retire(self._hand_over)
+        return self.files.fd
+
+    def _hand_over(self) -> None:
+        self.files.hand_over()
+        os.close(self._windows_fd)
+
     def _close_files(self) -> None:
         self.files.close()
         os.close(self._windows_fd)
+
+
+class WholeFile:
+    """The flat file of a complete layer, for mounts that were made while it was lazy (serve.flatfiles.FlatFile)."""
+
+    def __init__(self, fd: int, size: int, *, condemned: bool) -> None:
+        """`fd` is of data.tar, and closed by `close`; `size` is what mounts know, in bytes."""
+        self.size = size
+        self.condemned = condemned
+        self._fd = fd
+
+    def read(self, unique: int, offset: int, size: int) -> bytes:
+        """The bytes, at once; EIO from a condemned layer."""
+        del unique
+        if self.condemned:
+            raise OSError(errno.EIO, "the layer is not what its image says")
+        return os.pread(self._fd, size, offset)
+
+    def close(self) -> None:
+        """Close the descriptor. FUSE has released the node."""
+        os.close(self._fd)
+
+
+class Layer:
+    """The directory of one (layer, ztoc), its record, and what is open of it. Changed in the layer's turn only."""
+
+    def __init__(self, directory: Path, record: LayerRecord) -> None:
+        self.directory = directory
+        self.record = record
+        self.key = LayerKey(parse(record.layer_digest), parse(record.ztoc_digest))
+        self.lazy: OpenLayer | None = None
+        self.whole: WholeFile | None = None
+
+    @property
+    def data(self) -> Path:
+        """data.tar."""
+        return self.directory / "data.tar"
+
+    def save(self, record: LayerRecord) -> None:
+        """Make `record` the layer's, durably."""
+        if record == self.record:
+            return
+        write_record(self.directory, record)
+        self.record = record
+        if self.lazy is not None:
+            self.lazy.renew(record)
+
+    def intact(self) -> bool:
+        """Whether a complete layer's data.tar is the file that was hashed."""
+        try:
+            return self.stamp() == self.record.stamp
+        except FileNotFoundError:
+            return False
+
+    def stamp(self) -> Stamp:
+        """What data.tar looks like now."""
+        return stamp_of(os.lstat(self.data))
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self.lazy is not None:
+            self.lazy.close()
+        if self.whole is not None:
+            self.whole.close()
+        self.lazy = self.whole = None
+
+    def forget_bytes(self) -> None:
+        """Make the layer lazy and empty. Nothing of it is open here; a file that mounts hold, or that other layers
+        share, lives on, and such mounts are not handed out any more.
+
+        First what says that bytes are here goes, durably, then the bytes.
+        """
+        record = self.record.all_superseded()
+        self.save(msgspec.structs.replace(record, diff_id="", tar_size=0, stamp=None, condemned=False))
+        self.remove_marks()
+        sync_directory(self.directory)
+        self.data.unlink(missing_ok=True)
+
+    def remove_marks(self) -> None:
+        """Remove what says which spans are here: of a complete layer all are."""
+        for name in ("spans.durable", "spans.live", "spans.closed"):
+            (self.directory / name).unlink(missing_ok=True)
 
     def delete(self) -> None:
         """Close, and remove the directory (and the layer's own when it was the last ztoc of it)."""
@@ -97,13 +211,21 @@ class OpenLayer:
         except OSError:  # another ztoc of the same layer lives there
             pass
 
-    def allocated(self) -> int:
-        """Bytes on disk: the tar's blocks and the EROFS images."""
-        total = 0
+    def allocated(self) -> tuple[int, int]:
+        """Bytes allocated on disk and inodes: the tar's blocks, the EROFS images and the small files.
+
+        A data.tar that several directories share counts for each of them in part.
+        """
+        total = inodes = 0
         with os.scandir(self.directory) as entries:
             for entry in entries:
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-        return total
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # a temporary file
+                    continue
+                total += status.st_blocks * 512 // max(status.st_nlink, 1)
+                inodes += 1
+        return total, inodes
 
 
 def _read_spans(fd: int, record: LayerRecord) -> tuple[SpanTable, int]:

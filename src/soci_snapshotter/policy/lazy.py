@@ -80,8 +80,16 @@ class Declined:
     reason: str
 
 
-def ztoc_of(index: SociIndex | None, layer: Digest) -> Descriptor | Declined:
-    """The ztoc that makes `layer` lazy, or why there is none."""
+def ztoc_of(
+    index: SociIndex | None, layer: Digest, size: int | None = None, min_size: int = 0
+) -> Descriptor | Declined:
+    """The ztoc that makes `layer` lazy, or why there is none.
+
+    `size`: bytes of the layer, None when nobody said; `min_size`: below it a layer is not worth a mount
+    ([snapshotter] min_layer_size).
+    """
+    if size is not None and size < min_size:
+        return Declined(f"the layer has {size} bytes, less than min_layer_size {min_size}")
     if index is None:
         return Declined("no valid SOCI index found")
     ztoc = index.ztoc_for(layer)

@@ -30,6 +30,8 @@ HAS_INDEX = "containerd.io/snapshot/remote/has.soci.index.digest"
 
 # containerd's metadata store names backend keys <namespace>/<sequence number>/<client's key>.
 _BACKEND_KEY = re.compile(r"([^/]+)/[0-9]+/(.+)", re.DOTALL | re.ASCII)
+# What the snapshotter calls a lazy snapshot: no namespace can have this form, so the name is nobody's key.
+_LAZY_KEY = re.compile(r"lazy:([0-9]+)/(.+)", re.DOTALL | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,14 @@ def namespace_of(key: str) -> str:
     return match[1] if match else ""
 
 
+def lazy_key(snapshot_id: int, target: str) -> str:
+    """The key of a lazy snapshot of ours."""
+    return f"lazy:{snapshot_id}/{target}"
+
+
 def chain_id_of(key: str, labels: Mapping[str, str]) -> str | None:
     """The chain ID of a committed snapshot, from its label or its key; None when neither says."""
-    match = _BACKEND_KEY.fullmatch(key)
+    match = _BACKEND_KEY.fullmatch(key) or _LAZY_KEY.fullmatch(key)
     for candidate in (labels.get(TARGET), match[2] if match else None):
         if candidate is not None and _is_digest(candidate):
             return candidate

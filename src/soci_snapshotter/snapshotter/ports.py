@@ -21,6 +21,12 @@ class LazyLayers(Protocol):
     def prepare(self, request: LazyRequest) -> LazyLayer | Declined:
         """Mount the layer. Bounded in time; a SociError means the try failed, and nothing is left of it."""
 
+    def serves(self, request: LazyRequest, mount_id: int, layer_key: str) -> str | None:
+        """None when a lazy snapshot with this mount, of the request's chain ID, may stand for it, else why not."""
+
+    def committed(self, mount_id: int) -> None:
+        """The snapshot for a layer from `prepare` is committed: what it says of its layer can be judged."""
+
     def lowerdir(self, mount_id: int) -> bytes:
         """The path to hand out now for this mount. Raises Remote when the layer cannot be reached."""
 

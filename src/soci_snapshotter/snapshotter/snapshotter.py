@@ -14,9 +14,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
-from ..errors import AlreadyExists, Precondition, Remote, SociError
+from ..errors import AlreadyExists, Integrity, Precondition, Remote, SociError
 from ..formats import snapfilter
 from ..policy import prepare as policy
+from ..policy.proof import Claim, claim_of
 from ..store.snapshots import Kind, Link, Snapshot, SnapshotStore
 from .directories import Directories
 from .flight import Flights
@@ -148,6 +149,23 @@ class Snapshotter:
         """Every lazy lowerdir that an active or view snapshot was given and may still mount."""
         return self._store.handed_out()
 
+    def claims(self, mount_ids: Sequence[int]) -> list[Claim]:
+        """What the lazy snapshots on these mounts say of their layers; condemned ones are left out."""
+        return [
+            claim_of(
+                row.labels,
+                target=row.labels.get(policy.TARGET, ""),
+                parent_chain_id=policy.chain_id_of(parent.key, parent.labels) if parent else "",
+                image=row.labels.get(policy.IMAGE_REF, ""),
+                snapshot=row.id,
+            )
+            for row, parent in self._store.on_mounts(mount_ids)
+        ]
+
+    def condemn(self, reasons: Mapping[int, str]) -> None:
+        """These lazy snapshots (id -> why) turned out to be a lie: nothing new is built on them."""
+        self._store.condemn(reasons)
+
     def _try_lazy(
         self, key: str, parent: str, labels: Mapping[str, str], wanted: policy.TryLazy
     ) -> str | None:
@@ -172,9 +190,12 @@ class Snapshotter:
         return self._flights.run(flight, lambda: self._lazily(lazy, request, parent))
 
     def _lazily(self, lazy: LazyLayers, request: LazyRequest, parent: str) -> str | None:
-        if self._store.find_target(parent, request.target) is not None:
-            return None
+        there = self._store.find_target(parent, request.target)
         try:
+            if there is not None:
+                if there.mount_id is None or there.layer_key is None:
+                    return None
+                return lazy.serves(request, there.mount_id, there.layer_key)
             layer = lazy.prepare(request)
         except Exception as error:
             # Whatever went wrong, the layer can still be unpacked; a trace only for what is our own fault.
@@ -193,6 +214,8 @@ class Snapshotter:
         except BaseException:
             self._tidy((layer.mount_id,), frozenset())
             raise
+        else:
+            lazy.committed(layer.mount_id)
         return None
 
     def _commit_lazy(self, request: LazyRequest, parent: str, layer: LazyLayer) -> None:
@@ -204,8 +227,7 @@ class Snapshotter:
             policy.HAS_INDEX: "true",
             **layer.labels,
         }
-        # No namespace can have this form, so the name is nobody's key.
-        name = f"lazy:{snapshot_id}/{request.target}"
+        name = policy.lazy_key(snapshot_id, request.target)
         self._store.commit_lazy(snapshot_id, name, parent=parent, labels=labels, layer=layer)
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
@@ -250,6 +272,8 @@ class Snapshotter:
     def _lowerdirs(self, chain: Sequence[Link]) -> list[bytes]:
         paths = []
         for link in chain:
+            if link.condemned is not None:
+                raise Integrity(f"{link.condemned}; remove the image and pull it again")
             lower = self._lower(link)
             if isinstance(lower, LocalLower):
                 paths.append(lower.path)

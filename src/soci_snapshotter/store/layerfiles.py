@@ -80,6 +80,9 @@ class LayerRecord(msgspec.Struct, frozen=True):
     """Bytes that diff_id covers; data.tar is longer where the tar's end is not a multiple of 512."""
     stamp: Stamp | None = None
     """What data.tar looked like when it was hashed."""
+    spans: int = 0
+    compressed_size: int = 0
+    """Bytes of the blob; both, for who asks how far the layer is, once it is complete."""
     condemned: bool = False
     """Complete, and not what any snapshot of it said it would be: reads through FUSE fail."""
 
@@ -87,8 +90,32 @@ class LayerRecord(msgspec.Struct, frozen=True):
         rest = tuple(source for source in self.sources if source != reference)
         return msgspec.structs.replace(self, sources=(reference, *rest)[:_MAX_SOURCES])
 
-    def with_mount(self, meta_hash: str, number: int) -> LayerRecord:
-        return msgspec.structs.replace(self, mounts={**self.mounts, meta_hash: number})
+    def with_shown(
+        self, meta_hash: str, number: int, shown: int, superseded: int, *, local: bool
+    ) -> LayerRecord:
+        """m/<shown> is what row number `number` stands for from now on, instead of m/<superseded> (0: of nothing)."""
+        old = (*self.superseded, superseded) if superseded else self.superseded
+        standing = self.standing() | {shown}
+        return msgspec.structs.replace(
+            self,
+            mounts={**self.mounts, meta_hash: number},
+            shown={**self.shown, meta_hash: shown},
+            superseded=old,
+            local=tuple(n for n in (*self.local, *((shown,) if local else ())) if n in standing),
+        )
+
+    def all_superseded(self) -> LayerRecord:
+        """Nothing that is mounted is handed out any more."""
+        standing = tuple(sorted(self.standing()))
+        return msgspec.structs.replace(self, shown=dict.fromkeys(self.mounts, 0), superseded=standing)
+
+    def without_superseded(self, number: int) -> LayerRecord:
+        """m/<number> is gone."""
+        return msgspec.structs.replace(
+            self,
+            superseded=tuple(n for n in self.superseded if n != number),
+            local=tuple(n for n in self.local if n != number),
+        )
 
     def without_mount(self, number: int) -> LayerRecord:
         """Forget what a row's number stands for."""
@@ -237,7 +264,9 @@ class SpanFile:
         if new:
             for name in ("spans.durable", "spans.live"):
                 (self.directory / name).unlink(missing_ok=True)
-            sync_directory(self.directory)  # before any span is written: no later start may believe the old marks
+            sync_directory(
+                self.directory
+            )  # before any span is written: no later start may believe the old marks
             os.ftruncate(self._fd, self.data_size)
         return not new
 

@@ -1,7 +1,8 @@
 """The rows of the snapshotter: one sqlite file, one connection, every call one transaction.
 
     snapshots   one row a snapshot. `key` is whatever containerd sent. `ref` repeats the label snapshot.ref.
-                `mount` is set on lazy rows only, and those are unique in (parent, ref).
+                `mount` is set on lazy rows only, and those are unique in (parent, ref). `condemned` says why a
+                lazy row is not to be used any more; its ref is gone, so that nobody finds it.
     given       the lazy lowerdir paths that active and view snapshots were handed
     counter     ids below `next` may be in use as directory names; ids are never used twice
 
@@ -25,7 +26,7 @@ from ..errors import AlreadyExists, Config, Invalid, NotFound, Precondition
 from ..policy.lazy import LazyLayer, Usage
 from ..policy.prepare import TARGET
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE snapshots (
     id INTEGER PRIMARY KEY,
@@ -39,7 +40,8 @@ CREATE TABLE snapshots (
     size INTEGER NOT NULL DEFAULT 0,
     inodes INTEGER NOT NULL DEFAULT 0,
     mount INTEGER,
-    layer TEXT
+    layer TEXT,
+    condemned TEXT
 ) STRICT;
 CREATE INDEX snapshots_parent ON snapshots (parent);
 CREATE INDEX snapshots_ref ON snapshots (ref);
@@ -52,8 +54,9 @@ CREATE TABLE given (
 CREATE INDEX given_path ON given (path);
 CREATE TABLE counter (next INTEGER NOT NULL) STRICT;
 INSERT INTO counter VALUES (1);
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 """
+_FROM_1 = "ALTER TABLE snapshots ADD COLUMN condemned TEXT; PRAGMA user_version = 2;"
 _SELECT = """
 SELECT s.id, s.key, p.key, s.kind, s.labels, s.created, s.updated, s.size, s.inodes, s.mount, s.layer
 FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent
@@ -92,10 +95,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Link:
-    """One snapshot of a chain: its directory's id and, when lazy, its mount."""
+    """One snapshot of a chain: its directory's id, when lazy its mount, and why it is not to be used, if so."""
 
     id: int
     mount_id: int | None
+    condemned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class SnapshotStore:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+        elif version == 1:
+            self._db.executescript(f"BEGIN IMMEDIATE; {_FROM_1} COMMIT;")
         elif version != _VERSION:
             raise Config(
                 f"{path.decode(errors='replace')} has format {version}, this program knows {_VERSION}: "
@@ -182,11 +188,12 @@ class SnapshotStore:
         if not key:
             return None, ()
         query = """
-        WITH RECURSIVE chain (id, parent, mount, depth) AS (
-            SELECT id, parent, mount, 0 FROM snapshots WHERE key = ?
+        WITH RECURSIVE chain (id, parent, mount, condemned, depth) AS (
+            SELECT id, parent, mount, condemned, 0 FROM snapshots WHERE key = ?
             UNION ALL
-            SELECT s.id, s.parent, s.mount, depth + 1 FROM chain JOIN snapshots s ON s.id = chain.parent)
-        SELECT id, mount FROM chain ORDER BY depth"""
+            SELECT s.id, s.parent, s.mount, s.condemned, depth + 1
+            FROM chain JOIN snapshots s ON s.id = chain.parent)
+        SELECT id, mount, condemned FROM chain ORDER BY depth"""
         with self._lock:
             top = _parent(self._db, key)
             links = tuple(Link(*row) for row in self._db.execute(query, (key,)))
@@ -324,6 +331,26 @@ class SnapshotStore:
         """The ids of all rows."""
         with self._lock:
             return frozenset(row[0] for row in self._db.execute("SELECT id FROM snapshots"))
+
+    def on_mounts(self, mount_ids: Sequence[int]) -> list[tuple[Snapshot, Snapshot | None]]:
+        """The lazy rows with one of these mounts, condemned ones left out, each with its parent."""
+        marks = ",".join("?" * len(mount_ids))
+        query = f"{_SELECT} WHERE s.mount IN ({marks}) AND s.condemned IS NULL"
+        with self._lock:
+            rows = [_snapshot(row) for row in self._db.execute(query, tuple(mount_ids))]
+            return [(row, _get(self._db, row.parent) if row.parent else None) for row in rows]
+
+    def condemn(self, reasons: Mapping[int, str]) -> None:
+        """Mark lazy rows (id -> why) as not to be used: their label snapshot.ref goes, so that nobody finds them."""
+        with self._transaction() as db:
+            for snapshot_id, reason in reasons.items():
+                found = db.execute("SELECT labels FROM snapshots WHERE id = ?", (snapshot_id,)).fetchone()
+                if found is None:  # removed meanwhile
+                    continue
+                labels = _labels_decoder.decode(found[0])
+                labels.pop(TARGET, None)
+                db.execute("UPDATE snapshots SET condemned = ? WHERE id = ?", (reason, snapshot_id))
+                _set_labels(db, snapshot_id, labels)
 
     def lazy_rows(self) -> list[tuple[int, str]]:
         """(mount id, layer key) of every lazy row; a mount that two rows share is there twice."""
