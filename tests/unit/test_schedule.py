@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from soci_snapshotter.policy.schedule import RANGE_BYTES, Layer, Rules, Schedule, Turn
 
 QUIET = 60.0
@@ -73,7 +75,7 @@ def test_a_dead_registry_is_asked_less_and_less_and_holds_up_its_own_image_only(
             assert turn == Turn("z", RANGE_BYTES)
             schedule.succeeded("z")
         now += 0.5
-    waits = [second - first for first, second in zip(tries, tries[1:], strict=False)]
+    waits = [second - first for first, second in itertools.pairwise(tries)]
     assert [round(wait) for wait in waits[:6]] == [1, 2, 4, 8, 16, 32]
     assert 299 <= max(waits) <= 301
     assert len(tries) < 25
