@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -29,7 +30,7 @@ LOOK_SECONDS = 0.5
 """Between two looks at the layers when there is nothing to do: the silence is counted in seconds."""
 
 HOLD_SECONDS = 10.0
-"""A range is held up no longer, then it goes on to its end: registries close a connection that takes nothing for a
+"""A range is held up no longer in all, then it goes on to its end: registries close a connection that takes nothing for a
 minute, and who reads without end must not keep other images from ever being complete."""
 
 _POLL_SECONDS = 0.02
@@ -151,7 +152,7 @@ class Background:
         with self._lock:
             begun = self._begun.setdefault(turn.key, time.monotonic())
         try:
-            came = layer.reader.fetch_background(turn.limit, self._hold)
+            came = layer.reader.fetch_background(turn.limit, partial(self._hold, [HOLD_SECONDS]))
         except _Stopping:
             return
         except (SociError, OSError) as error:
@@ -175,13 +176,12 @@ class Background:
             if not came:  # the rest of the layer is on its way to readers
                 self._ending.wait(LOOK_SECONDS)
 
-    def _hold(self, may: Callable[[], bool]) -> None:
-        """Wait as long as readers' bytes move and `may()`; see `LayerReader.fetch_background`."""
-        if self._ending.is_set():
-            raise _Stopping("the daemon stops")
-        if self._pool.calm_for() >= CALM_SECONDS:
-            return
-        end = time.monotonic() + HOLD_SECONDS
-        while self._pool.calm_for() < CALM_SECONDS and time.monotonic() < end and may():
-            if self._ending.wait(_POLL_SECONDS):
+    def _hold(self, left: list[float], may: Callable[[], bool]) -> None:
+        """Wait as long as readers' bytes move and `may()`, `left[0]` seconds in all; `LayerReader.fetch_background`."""
+        while True:
+            if self._ending.is_set():
                 raise _Stopping("the daemon stops")
+            if self._pool.calm_for() >= CALM_SECONDS or left[0] <= 0 or not may():
+                return
+            self._ending.wait(_POLL_SECONDS)
+            left[0] -= _POLL_SECONDS
