@@ -13,12 +13,14 @@ import os
 import random
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
+from typing import IO, cast
 
 from harness import trees
+
+from bench.content import Content
 
 FILES, TAR_SIZE = 20_000, 1_240_000_000
 """Of a whole layer; the bytes are content, without headers and padding."""
@@ -27,14 +29,16 @@ COMPRESSORS = ("gzip", "pigz", "gzip", "pigz")
 """What makes the layers 0 to 3: one stream, or (pigz) blocks that end at a byte each 128 KiB."""
 
 _VERSION = 1  # of what is made here; another one makes the layers again
-_POOL = 8 << 20  # bytes of each kind to take files from: far more than deflate looks back
-_LARGEST = 6 << 20  # of one piece of content; a larger file repeats it
 
 _PART_FILES, _PART_FILE, _REPEATS = 2000, 32 << 10, 100
 """Files in what repeats, bytes of each (whole blocks), and how often it comes."""
 
 _SIGMA = 2.2
 """Of the log-normal sizes: half of the files under a tenth of the mean."""
+
+
+Member = tuple[tarfile.TarInfo, bytes | None]
+"""A header, and a regular file's bytes."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,16 @@ def cache() -> Path:
 def layer(number: int, *, smoke: bool = False) -> Blob:
     """Layer `number`, made when it is not there yet (a minute). `smoke`: a hundredth of it."""
     share = 100 if smoke else 1
-    return _kept(f"layer{number}", lambda blob: _make(blob, number, FILES // share, TAR_SIZE // share), smoke)
+    return kept(f"layer{number}", lambda blob: make(blob, number, FILES // share, TAR_SIZE // share), smoke)
 
 
 def repetitive(*, smoke: bool = False) -> Blob:
     """A tar of 6.6 GB with 200,000 files whose blob is small: what repeats is compressed once."""
-    return _kept("repetitive", lambda blob: _make_repetitive(blob, 2 if smoke else _REPEATS), smoke)
+    return kept("repetitive", lambda blob: _make_repetitive(blob, 2 if smoke else _REPEATS), smoke)
 
 
-def _kept(name: str, make: Callable[[Path], Blob], smoke: bool) -> Blob:
+def kept(name: str, make: Callable[[Path], Blob], smoke: bool) -> Blob:
+    """The layer `name` from the cache, or made there first; `smoke` has another name."""
     home = cache() / f"{name}-{_VERSION}{'-smoke' if smoke else ''}"
     record = home / "layer.json"
     if not record.exists():
@@ -82,15 +87,15 @@ def _make_repetitive(target: Path, repeats: int) -> Blob:
     """Equal gzip members, each with so many whole entries of the tar, and one with the tar's end."""
     part = bytearray()
     for number in range(_PART_FILES):
-        info = _member(f"usr/share/part/file_{number:04}.txt", tarfile.REGTYPE, 0o644, _PART_FILE)
+        info = header(f"usr/share/part/file_{number:04}.txt", tarfile.REGTYPE, 0o644, _PART_FILE)
         part += info.tobuf(tarfile.USTAR_FORMAT)
         part += (b"entry %04d of a table " % number * (_PART_FILE // 16))[:_PART_FILE]
     end = bytes(1024)
-    member = gzip.compress(part, 6, mtime=0)
+    piece = gzip.compress(part, 6, mtime=0)
     plain = hashlib.sha256()
     with open(target, "wb") as out:
         for _ in range(repeats):
-            out.write(member)
+            out.write(piece)
             plain.update(part)
         out.write(gzip.compress(end, mtime=0))
         plain.update(end)
@@ -100,19 +105,29 @@ def _make_repetitive(target: Path, repeats: int) -> Blob:
     return Blob(str(target), f"sha256:{digest}", diff_id, target.stat().st_size, size, _PART_FILES * repeats)
 
 
-def _make(target: Path, number: int, files: int, size: int) -> Blob:
-    command = [COMPRESSORS[number % len(COMPRESSORS)], "-n", "-c"]
+def make(target: Path, number: int, files: int, size: int) -> Blob:
+    """A layer of so many files and bytes of content; `number` decides what is drawn and who compresses."""
+    return pack(target, _members(number, files, size), COMPRESSORS[number % len(COMPRESSORS)])
+
+
+def pack(target: Path, members: Iterable[Member], compressor: str) -> Blob:
+    """A tar of the members, compressed by GNU gzip or pigz into `target`."""
+    files = 0
     with open(target, "wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out)
+        process = subprocess.Popen([compressor, "-n", "-c"], stdin=subprocess.PIPE, stdout=out)
         if process.stdin is None:
             raise RuntimeError("no pipe")
         with process.stdin as pipe:
             sink = _Tee(pipe)
-            with tarfile.open(fileobj=sink, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20) as archive:
-                for info, content in _members(number, files, size):
-                    archive.addfile(info, content)
+            out_file = cast(IO[bytes], sink)  # of which a stream needs write alone
+            with tarfile.open(
+                fileobj=out_file, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20
+            ) as archive:
+                for info, content in members:
+                    archive.addfile(info, None if content is None else io.BytesIO(content))
+                    files += info.isreg()
         if process.wait():
-            raise RuntimeError(f"{command[0]}: exit {process.returncode}")
+            raise RuntimeError(f"{compressor}: exit {process.returncode}")
     with open(target, "rb") as blob:
         digest = hashlib.file_digest(blob, "sha256").hexdigest()
     diff_id = f"sha256:{sink.hash.hexdigest()}"
@@ -122,7 +137,7 @@ def _make(target: Path, number: int, files: int, size: int) -> Blob:
 class _Tee:
     """Writes on, and hashes what goes through."""
 
-    def __init__(self, out: io.BufferedIOBase | io.RawIOBase) -> None:
+    def __init__(self, out: IO[bytes]) -> None:
         self._out = out
         self.hash = hashlib.sha256()
         self.size = 0
@@ -134,58 +149,34 @@ class _Tee:
         return len(data)
 
 
-def _members(number: int, files: int, size: int) -> Iterator[tuple[tarfile.TarInfo, io.BytesIO | None]]:
+def _members(number: int, files: int, size: int) -> Iterator[Member]:
     draw = random.Random(f"layer {number}")
-    pools = (_text(draw), _code(draw), draw.randbytes(_POOL))
+    content = Content(draw)
     weights = [draw.lognormvariate(0, _SIGMA) for _ in range(files)]
     scale = size / sum(weights)
+    paths = (path for path, _ in trees.entries(files, seed=number + 1))
+    return members(
+        ((path, int(weight * scale)) for path, weight in zip(paths, weights, strict=True)), content
+    )
+
+
+def members(files: Iterable[tuple[str, int]], content: Content) -> Iterator[Member]:
+    """Files of (path, bytes) with their directories, each before what is in it."""
     known: set[str] = set()
-    for (path, _), weight in zip(trees.entries(files, seed=number + 1), weights, strict=True):
+    for path, length in files:
         parts = path.split("/")[:-1]
         for depth in range(1, len(parts) + 1):
             parent = "/".join(parts[:depth])
             if parent not in known:
                 known.add(parent)
-                yield _member(parent, tarfile.DIRTYPE, 0o755, 0), None
-        length = int(weight * scale)
-        pool = draw.choices(pools, (4, 5, 1))[0]
-        piece = min(length, _LARGEST)
-        start = draw.randrange(len(pool) - piece + 1)
-        content = pool[start : start + piece]
-        whole = content * (length // piece + 1) if length > piece else content
-        yield _member(path, tarfile.REGTYPE, 0o644, length), io.BytesIO(whole[:length])
+                yield header(parent, tarfile.DIRTYPE, 0o755, 0), None
+        yield header(path, tarfile.REGTYPE, 0o644, length), content.take(length)
 
 
-def _member(name: str, kind: bytes, mode: int, size: int) -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
+def header(name: str, kind: bytes, mode: int, size: int) -> tarfile.TarInfo:
+    """A header of root's; times differ from directory to directory."""
+    found = tarfile.TarInfo(name)
     # Each directory's package was built at another time.
-    member.mtime = 1_700_000_000 + len(name.rpartition("/")[0]) * 7919
-    member.type, member.mode, member.size, member.uname, member.gname = kind, mode, size, "root", "root"
-    return member
-
-
-def _text(draw: random.Random) -> bytes:
-    """Words of which a few are very frequent: compresses to a third."""
-    letters = "etaoinshrdlucmfwypvbgkjqxz"
-    words = ["".join(draw.choices(letters, range(26, 0, -1), k=draw.randint(2, 9))) for _ in range(3000)]
-    totals = list(accumulate(1 / (rank + 1) for rank in range(len(words))))
-    lines: list[str] = []
-    length = 0
-    while length < _POOL:
-        line = "    " * draw.randint(0, 3) + " ".join(draw.choices(words, cum_weights=totals, k=8)) + "\n"
-        lines += [line] * (1 + (draw.random() < 0.1))
-        length += len(line)
-    return "".join(lines).encode()[:_POOL]
-
-
-def _code(draw: random.Random) -> bytes:
-    """Instructions out of a vocabulary, with operands that vary: compresses to two fifths."""
-    vocabulary = [draw.randbytes(draw.randint(4, 12)) for _ in range(900)]
-    totals = list(accumulate(1 / (rank + 2) for rank in range(len(vocabulary))))
-    parts: list[bytes] = []
-    length = 0
-    while length < _POOL:
-        parts += draw.choices(vocabulary, cum_weights=totals, k=3)
-        parts.append(draw.randbytes(1) + bytes(3))
-        length += sum(map(len, parts[-4:]))
-    return b"".join(parts)[:_POOL]
+    found.mtime = 1_700_000_000 + len(name.rpartition("/")[0]) * 7919
+    found.type, found.mode, found.size, found.uname, found.gname = kind, mode, size, "root", "root"
+    return found

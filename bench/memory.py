@@ -1,67 +1,82 @@
-"""idle-memory: what all our processes hold together, ten seconds after the last work."""
+"""idle-memory, memory-50: what all our processes hold together."""
 
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.environment import Environment, small_files
+from harness.treework import names_below, treework
+
+from bench import bulk, layers
+from bench.node import NO_BACKGROUND, OURS, Node, site
+from bench.peers import Peer, peer
+from bench.processes import pss_mb
 from bench.result import Result, smaller_is_better
 
-NAMES = ("idle-memory",)
+NAMES = ("idle-memory", "memory-50")
 
-TARGET_MB = 80.0
+TARGET_MB = {"idle-memory": 80.0, "memory-50": 200.0}
 
 _IDLE_S = 10
+"""After the last work; a worker that builds images has ended by then, or counts."""
+
+_LAYERS = 50
+
+_READ_SHARE = 20
+"""Of each layer's files a run reads one in so many, from each layer: 1.25 GB of 50 layers."""
 
 
 def measure(names: tuple[str, ...], *, smoke: bool) -> Iterator[Result]:
-    """PSS with one image pulled, mounted and read in full; the peer is the limit itself."""
-    with small_files(24_000) as environment:
-        environment.fill()
-        runs = []
-        for _ in range(1 if smoke else 3):
-            time.sleep(_IDLE_S)
-            runs.append({"ours": sum(_pss_mb(environment).values()), "peer": TARGET_MB})
-        yield smaller_is_better(
-            names[0],
-            "PSS of daemon, keeper and workers together, idle, with one lazily pulled image of 24,000 files",
-            "MB",
-            runs,
-            target=1.0,
-            notes={name: round(value, 1) for name, value in _pss_mb(environment).items()},
-        )
+    """PSS with an image pulled lazily and read; the peer is the limit itself, or the other snapshotter."""
+    for name in names:
+        if name == "idle-memory":
+            blobs = [layers.many_files(smoke=smoke)]
+        else:
+            blobs = layers.fifty(3 if smoke else _LAYERS, smoke=smoke)
+        yield _bench(name, blobs, peer(), 1 if smoke else 3)
 
 
-def _pss_mb(environment: Environment) -> dict[str, float]:
-    """Megabytes by process: the daemon, its descendants, and whoever else names its directory or socket."""
-    marks = [str(environment.scratch / "d").encode(), str(environment.scratch / "soci.sock").encode()]
-    parents: dict[int, int] = {}
-    ours = {environment.daemon.pid}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if any(mark in word for mark in marks for word in words) and b"containerd" not in words[0]:
-            ours.add(int(entry.name))
-    grown = True
-    while grown:
-        more = {pid for pid, parent in parents.items() if parent in ours} - ours
-        ours |= more
-        grown = bool(more)
-    return {f"{_name(pid)} {pid}": _pss(pid) for pid in sorted(ours)}
+def _bench(name: str, blobs: list[bulk.Blob], against: Peer, runs: int) -> Result:
+    measured: list[dict[str, float]] = []
+    with site() as place, place.far() as proxy:
+        chain = place.image("bench/memory", blobs, against)
+        with place.node({OURS: NO_BACKGROUND}, against) as node:
+            node.pull(OURS, f"{proxy.host}/bench/memory:1")
+            node.mount(OURS, chain, "memory")
+            unread = _ours(node)
+            trees = node.layers(OURS, "memory")
+            if against.lazy:
+                node.pull(against.name, f"{proxy.host}/bench/memory-{against.name}:1")
+                node.mount(against.name, chain, "memory-peer")
+                trees += node.layers(against.name, "memory-peer")
+            for number in range(runs):
+                for tree in trees:
+                    _read_part(tree, number)
+                time.sleep(_IDLE_S if runs > 1 else 0)
+                marks = [each for each in (against.root, against.socket) if each]
+                other = sum(pss_mb([], marks).values()) if against.lazy else TARGET_MB[name]
+                measured.append({"ours": sum(_ours(node).values()), "peer": other})
+            notes: dict[str, float | str] = {key: round(value, 1) for key, value in _ours(node).items()}
+    return smaller_is_better(
+        against.named(name),
+        f"PSS of daemon, keeper and workers together with {len(blobs)} lazy layers of "
+        f"{blobs[0].files:,} files mounted, as more and more is read",
+        "MB",
+        measured,
+        target=1.0,
+        notes={
+            **notes,
+            "before_any_read_mb": round(sum(unread.values()), 1),
+            "bytes_fetched": proxy.received,
+        },
+    )
 
 
-def _name(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+def _read_part(tree: Path, number: int) -> None:
+    names = names_below(tree).split(b"\0")[:-1]
+    share = len(names) // _READ_SHARE
+    part = names[number * share : (number + 1) * share]
+    treework("read", tree, names=b"".join(name + b"\0" for name in part))
 
 
-def _pss(pid: int) -> float:
-    """Pss of smaps_rollup (proc(5)) is in kB of 1024 bytes."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"process {pid} has no Pss")
+def _ours(node: Node) -> dict[str, float]:
+    return pss_mb([node.daemons[OURS].pid], [node.base / OURS])

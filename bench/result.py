@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,20 @@ class Result:
     def met(self) -> bool:
         """Whether the target was reached."""
         return self.ratio >= self.target
+
+
+class Skipped(Exception):
+    """A bench that cannot run here or yet; the message says why."""
+
+
+def rotated(actions: Mapping[str, Callable[[], float]], runs: int) -> list[dict[str, float]]:
+    """Runs all in turn, each time beginning with another one."""
+    names = list(actions)
+    collected = []
+    for number in range(runs):
+        first = number % len(names)
+        collected.append({name: actions[name]() for name in names[first:] + names[:first]})
+    return collected
 
 
 def interleaved(ours: Callable[[], float], peer: Callable[[], float], runs: int) -> list[dict[str, float]]:
@@ -80,4 +94,4 @@ def line(result: Result) -> str:
     """One line for a terminal."""
     verdict = "met" if result.met else "MISSED"
     values = f"ours {result.ours:>9.3f} peer {result.peer:>9.3f} {result.unit:4}"
-    return f"{result.name:12} {values} ratio {result.ratio:>6.2f} (target {result.target:.2f}: {verdict})"
+    return f"{result.name:22} {values} ratio {result.ratio:>6.2f} (target {result.target:.2f}: {verdict})"

@@ -27,6 +27,7 @@ class Daemon:
     base: Path
     address: Path
     config: str
+    log_level: str = "debug"
     process: subprocess.Popen[bytes] = field(init=False)
 
     @property
@@ -54,7 +55,7 @@ class Daemon:
                 [
                     *(sys.executable, "-m", "soci_snapshotter.daemon.main"),
                     *("--address", str(self.address), "--root", str(self.root), "--config", str(config)),
-                    *("--log-level", "debug"),
+                    *("--log-level", self.log_level),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -85,13 +86,18 @@ class Daemon:
 
 @contextmanager
 def start_daemon(
-    base: Path, *, address: Path, containerd: Containerd | None = None, config: str = CONFIG
+    base: Path,
+    *,
+    address: Path,
+    containerd: Containerd | None = None,
+    config: str = CONFIG,
+    log_level: str = "debug",
 ) -> Iterator[Daemon]:
     """A daemon that keeps everything below `base`; gone, with keeper and mounts, when the block is left."""
     del containerd  # it is told of the address by its own configuration
     base.mkdir(parents=True, exist_ok=True)
     address.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    daemon = Daemon(base, address, config)
+    daemon = Daemon(base, address, config, log_level)
     daemon.start()
     try:
         yield daemon

@@ -1,11 +1,13 @@
 """A TCP proxy between a client and a registry that counts bytes and, if asked, makes the link long or narrow.
 
-Unshaped it moves bytes with splice(2) and costs next to nothing. Shaped, every connection shares one link: a
-chunk leaves when the link's rate lets it and arrives half a round trip later; a connection's first bytes wait
-one round trip more, for the handshake that loopback did at once. For faults it can stall (keep connections
+Unshaped it moves bytes with splice(2) and costs next to nothing. Shaped, every connection shares one link, and
+all that have something to send take turns: a chunk leaves when its turn has come and the link's rate lets it, and
+arrives half a round trip later; a connection's first bytes wait one round trip more, for the handshake that
+loopback did at once. For faults it can stall (keep connections
 open, pass nothing) and cut (close them all).
 """
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -22,11 +24,18 @@ from typing import Self
 _PIPE_BYTES = 1 << 20
 """F_SETPIPE_SZ's unprivileged limit (/proc/sys/fs/pipe-max-size), the most one splice moves."""
 
-_CHUNK_BYTES = 64 << 10
-"""What a shaped link sends at once: small enough that two connections share it evenly."""
+_CHUNK_BYTES = 32 << 10
+"""What a shaped link sends at once: small enough that connections share it evenly."""
 
-_QUEUE_CHUNKS = 64
-"""Bytes in flight per direction are bounded by this many chunks, as a receive window would."""
+_QUEUE_BYTES = 1 << 20
+"""Bytes in flight per connection and direction, as a receive window bounds them; at least two round trips' worth."""
+
+_AHEAD_S = 0.002
+"""How long before its departure a chunk takes its place in the link: as little as sleeping threads allow, since
+nobody can overtake it there."""
+
+_LATE_S = 0.05
+"""How late a thread may wake without the link losing that time."""
 
 _RATES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -52,6 +61,50 @@ def parse_link(text: str) -> Link:
     return Link(round_trip, rate)
 
 
+class _Lane:
+    """One direction of the link: whoever comes first leaves first, one chunk per turn."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._mutex = threading.Lock()
+        self._waiting: collections.deque[threading.Event] = collections.deque()
+        self._busy = False
+        self._free_at = 0.0
+
+    def due(self, size: int, ready: float) -> float:
+        """Waits for a turn; when `size` bytes, ready to leave since `ready`, have all arrived (time.monotonic()).
+
+        On a busy machine threads wake late; the link does not stand still meanwhile, as it would not in life.
+        """
+        if self._link.rate is None:
+            return ready + self._link.round_trip / 2
+        self._begin()
+        try:
+            if (wait := self._free_at - _AHEAD_S - time.monotonic()) > 0:
+                time.sleep(wait)
+            earliest = max(ready, time.monotonic() - _LATE_S)
+            self._free_at = max(earliest, self._free_at) + size / self._link.rate
+            return self._free_at + self._link.round_trip / 2
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
+        with self._mutex:
+            if not self._busy:
+                self._busy = True
+                return
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait()
+
+    def _end(self) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().set()  # stays busy: handed on
+            else:
+                self._busy = False
+
+
 class Proxy:
     """Listens on a free loopback port and passes every connection to `target`; a context manager.
 
@@ -62,6 +115,7 @@ class Proxy:
     def __init__(self, target: tuple[str, int], *, link: Link | None = None) -> None:
         self._target = target
         self._link = link or Link()
+        self._window = max(_QUEUE_BYTES, int(2 * self._link.round_trip * (self._link.rate or 0)))
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()
@@ -70,8 +124,7 @@ class Proxy:
         self._flowing.set()
         self._closing = False
         self._counts = {"received": 0, "sent": 0, "connections": 0}
-        # One timetable per direction: the time when the link is free again.
-        self._free_at = {"received": 0.0, "sent": 0.0}
+        self._lanes = {"received": _Lane(self._link), "sent": _Lane(self._link)}
 
     @property
     def port(self) -> int:
@@ -190,29 +243,35 @@ class Proxy:
 
     def _carry_shaped(self, source: socket.socket, target: socket.socket, direction: str) -> None:
         """Gives each chunk its time of arrival; a second thread delivers when that time has come."""
-        flight: queue.Queue[tuple[float, bytes]] = queue.Queue(_QUEUE_CHUNKS)
+        flight: queue.Queue[tuple[float, bytes]] = queue.Queue(self._window // _CHUNK_BYTES)
         arrival = threading.Thread(target=self._arrive, args=(flight, source, target, direction), daemon=True)
         arrival.start()
+        lane = self._lanes[direction]
         extra = self._link.round_trip if direction == "sent" else 0.0
+        ready = 0.0
         try:
-            while chunk := source.recv(_CHUNK_BYTES):
+            while True:
+                try:  # what is there already has been ready since the chunk before it
+                    chunk = source.recv(_CHUNK_BYTES, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    chunk = source.recv(_CHUNK_BYTES)
+                    ready = 0.0
+                if not chunk:
+                    break
                 self._flowing.wait()
-                flight.put((self._due(direction, len(chunk)) + extra, chunk))
+                ready = ready or time.monotonic()
+                item = lane.due(len(chunk), ready) + extra, chunk
                 extra = 0.0
+                try:
+                    flight.put_nowait(item)
+                except queue.Full:  # the receiver's window is closed
+                    flight.put(item)
+                    ready = 0.0
         except OSError as error:
             _gone(error, source, target)
         finally:
             flight.put((time.monotonic() + self._link.round_trip / 2, b""))
             arrival.join()
-
-    def _due(self, direction: str, size: int) -> float:
-        """When `size` bytes handed to the link now have all arrived."""
-        with self._lock:
-            free = max(time.monotonic(), self._free_at[direction])
-            if self._link.rate is not None:
-                free += size / self._link.rate
-            self._free_at[direction] = free
-        return free + self._link.round_trip / 2
 
     def _arrive(
         self,

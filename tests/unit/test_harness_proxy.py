@@ -142,6 +142,9 @@ def test_a_client_that_leaves_frees_its_threads() -> None:
             connection.recv(1)
         with _connect(proxy) as connection:
             _ask(connection, 1)
+    end = time.monotonic() + 10  # the server's own threads are told last
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
     assert threading.active_count() == before
 
 

@@ -1,0 +1,105 @@
+"""A registry 10 ms and 500 Mbit/s away, and what of a lazy layer is here: for the benches over such a link."""
+
+import http.client
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.proxy import Link, Proxy
+
+from bench.bulk import Blob
+from bench.node import OURS, Node
+from soci_snapshotter.formats import zinfo, ztoc
+from soci_snapshotter.formats.digest import parse
+
+LINK = Link(0.010, 62.5e6)
+"""Round trip in seconds, bytes per second."""
+
+RATE = 62.5e6
+
+_LEAST_SHARE = 0.95
+"""Of its rate that a plain download must get, or the link is not what it says."""
+
+
+def plain_share(proxy: Proxy, repository: str, blob: Blob) -> float:
+    """The share of the link's rate that a plain GET of the blob gets. RuntimeError if that is too little."""
+    connection = http.client.HTTPConnection("127.0.0.1", proxy.port)
+    connection.request("GET", f"/v2/{repository}/blobs/{blob.digest}")
+    response = connection.getresponse()
+    started = time.monotonic()
+    size = 0
+    while piece := response.read(1 << 20):
+        size += len(piece)
+    share = size / (time.monotonic() - started) / RATE
+    connection.close()
+    if share < _LEAST_SHARE:
+        raise RuntimeError(f"the link gives a plain download {share:.0%} of its rate: is the machine busy?")
+    return round(share, 3)
+
+
+@dataclass(frozen=True)
+class Place:
+    """4 KiB in the middle of a span: of which file, at which offset in it, and the span's compressed bytes."""
+
+    span: int
+    name: str
+    offset: int
+    compressed: int
+
+
+class LazyLayer:
+    """A layer that a node of ours pulled lazily, by its ztoc and its marks."""
+
+    def __init__(self, node: Node, blob: Blob) -> None:
+        root = node.daemons[OURS].root
+        self._directory = next((root / "layers" / parse(blob.digest).hex).iterdir())
+        stored = root / "content" / "blobs" / "sha256" / self._directory.name
+        self._ztoc = ztoc.decode(stored.read_bytes())
+        self._table = zinfo.span_table(self._ztoc, blob.size)
+
+    @property
+    def present(self) -> bytes:
+        """One byte per span, 1 where its bytes are here (store.layerfiles)."""
+        return (self._directory / "spans.live").read_bytes()[-len(self._table) :]
+
+    @property
+    def fetched(self) -> int:
+        """Compressed bytes of the spans that are here."""
+        return sum(self._size(span) for span, here in enumerate(self.present) if here)
+
+    def places(self) -> list[Place]:
+        """One for each span whose middle lies well within a file."""
+        files = iter(
+            sorted((each.offset, each.size, each.name) for each in self._ztoc.entries if each.type == "reg")
+        )
+        found: list[Place] = []
+        offset, size, name = next(files)
+        for span in range(len(self._table)):
+            start, end = self._table.uncompressed_range(span)
+            middle = (start + end) // 2 & ~4095
+            while offset + size <= middle + 8192:
+                following = next(files, None)
+                if following is None:
+                    return found
+                offset, size, name = following
+            if offset <= middle:
+                within = (middle - offset) & ~4095
+                if start <= offset + within and offset + within + 4096 <= end:
+                    found.append(Place(span, name.decode(), within, self._size(span)))
+        return found
+
+    def _size(self, span: int) -> int:
+        start, end = self._table.compressed_range(span)
+        return end - start
+
+
+def read_place(root: Path, place: Place) -> float:
+    """Seconds of opening the file and reading those 4 KiB."""
+    started = time.monotonic()
+    with open(root / place.name, "rb", buffering=0) as file:
+        file.seek(place.offset)
+        got = file.read(4096)
+    took = time.monotonic() - started
+    if got is None or len(got) != 4096:
+        raise RuntimeError(f"{place}: a short read")
+    return took
