@@ -203,8 +203,6 @@ _NOT_YET = (
     ("kubeconfig_keychain.enable_keychain", lambda c: c.kubeconfig_keychain.enable_keychain),
     ("pull_modes.parallel_pull_unpack.enable", lambda c: c.pull_modes.parallel_pull_unpack.enable),
     ("resolver.host", lambda c: bool(c.resolver.host)),
-    ("metrics_address", lambda c: bool(c.metrics_address)),
-    ("debug_address", lambda c: bool(c.debug_address)),
     ("snapshotter.min_layer_size", lambda c: bool(c.snapshotter.min_layer_size)),
     ("disable_verification", lambda c: c.disable_verification),
     ('content_store.type = "containerd"', lambda c: c.content_store.type == "containerd"),

@@ -16,6 +16,7 @@ import grpc
 from soci_snapshotter.containerd.stubs.snapshots_pb2_grpc import add_SnapshotsServicer_to_server
 from soci_snapshotter.daemon.config import Config
 from soci_snapshotter.daemon.fetching import background_rules, flight_limit
+from soci_snapshotter.daemon.introspection import Parts, introspection
 from soci_snapshotter.daemon.snapshots_service import SnapshotsService
 from soci_snapshotter.errors import Config as ConfigError
 from soci_snapshotter.errors import Integrity
@@ -31,6 +32,7 @@ from soci_snapshotter.layers.prefetching import Prefetcher
 from soci_snapshotter.layers.reader import RangeSource, ReadOptions
 from soci_snapshotter.layers.resolve import DEFAULT_CACHE, IndexResolver
 from soci_snapshotter.layers.workers import MetaWorkers
+from soci_snapshotter.policy.counters import Counters
 from soci_snapshotter.policy.prepare import Options as PrepareOptions
 from soci_snapshotter.policy.retry import Retry
 from soci_snapshotter.registry.client import RegistryClient
@@ -69,16 +71,11 @@ class Daemon:
 @contextmanager
 def running(config: Config, *, root: Path, address: Path, docker_config: Path) -> Iterator[Daemon]:
     """The daemon serves while the block lasts. Raises Config or Unsupported, one line each, when it cannot."""
-    for directory in (root, root / "snapshotter", address.parent):
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{directory}: {error.strerror}; run as root, or choose --root and --address"
-            ) from None
+    _make_directories(root, root / "snapshotter", address.parent)
     stack_kind = probe(root)
     with ExitStack() as stack:
         connection = keeper_client.acquire(address.parent)
+        counters = Counters()
         pool = FlightPool(flight_limit(config), listed=config.prefetch.max_concurrency)
         # A flight that outlives the pool's patience may still answer: then the descriptor closes with the process.
         stack.callback(lambda: connection.close() if pool.idle else None)
@@ -96,7 +93,8 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             if not record.sources:
                 raise Integrity(f"layer {record.layer_digest}: no source is known")
             reference = references.parse(record.sources[0])
-            return BlobReader(client, connections, reference, digests.parse(record.layer_digest), size)
+            layer = digests.parse(record.layer_digest)
+            return BlobReader(client, connections, reference, layer, size, counters.layer(str(layer)))
 
         options = ReadOptions(float(config.blob.fetching_timeout_sec or 300))
         layers = stack.enter_context(
@@ -106,7 +104,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
                 workers=workers,
                 server=server,
                 mounter=ErofsMounts(stack_kind, root / "m"),
-                around=Surroundings(server, pool, options, boot_id(), source),
+                around=Surroundings(server, pool, options, boot_id(), source, counters),
             )
         )
         ours.append(layers)
@@ -116,15 +114,11 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         stack.enter_context(server)
         stack.enter_context(pool)
         off = config.background_fetch.disable
-        stack.enter_context(Background(layers.layers, pool, background_rules(config), enabled=not off))
-        prefetcher = stack.enter_context(Prefetcher(client, enabled=config.prefetch.enable))
-        modes = config.pull_modes
-        resolver = IndexResolver(
-            client,
-            v1=modes.soci_v1.enable,
-            v2=modes.soci_v2.enable,
-            entries=config.resolve_result_entry or DEFAULT_CACHE,
+        background = stack.enter_context(
+            Background(layers.layers, pool, background_rules(config), enabled=not off, counters=counters)
         )
+        prefetcher = stack.enter_context(Prefetcher(client, enabled=config.prefetch.enable))
+        resolver = _resolver(config, client, counters)
         snapshotter = stack.enter_context(
             Snapshotter(
                 os.fsencode(root / "snapshotter"),
@@ -135,8 +129,9 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
                     content,
                     prefetcher,
                     min_layer_size=config.snapshotter.min_layer_size,
+                    counters=counters,
                 ),
-                options=PrepareOptions(discover=modes.soci_v1.enable or modes.soci_v2.enable),
+                options=PrepareOptions(discover=resolver.discovers),
                 overlay_options=overlay_options(),
             )
         )
@@ -148,8 +143,31 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         cleanup = threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True)
         stack.callback(cleanup.join)
         cleanup.start()
+        parts = Parts(root, counters, layers, background, background_enabled=not off, pool=pool, events=dict)
+        stack.enter_context(introspection(config, parts, address.parent))
         stack.enter_context(_serving(snapshotter, address))
         yield Daemon(layers, address.parent)
+
+
+def _make_directories(*directories: Path) -> None:
+    for directory in directories:
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{directory}: {error.strerror}; run as root, or choose --root and --address"
+            ) from None
+
+
+def _resolver(config: Config, client: RegistryClient, counters: Counters) -> IndexResolver:
+    modes = config.pull_modes
+    return IndexResolver(
+        client,
+        v1=modes.soci_v1.enable,
+        v2=modes.soci_v2.enable,
+        entries=config.resolve_result_entry or DEFAULT_CACHE,
+        counters=counters,
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from soci_snapshotter.layers.openlayer import LayerKey
 from soci_snapshotter.layers.openlayers import OpenLayers
 from soci_snapshotter.layers.prefetching import Prefetcher
 from soci_snapshotter.layers.resolve import IndexResolver
+from soci_snapshotter.layers.timing import measured
 from soci_snapshotter.layers.turns import Turns
+from soci_snapshotter.policy.counters import Counters
 from soci_snapshotter.policy.lazy import (
     Declined,
     LazyLayer,
@@ -58,9 +61,11 @@ class Lazy:
         prefetcher: Prefetcher | None = None,
         *,
         min_layer_size: int = 0,
+        counters: Counters | None = None,
     ) -> None:
         """`min_layer_size`: bytes; smaller layers are left to containerd."""
         self._min_layer_size = min_layer_size
+        self._counters = Counters() if counters is None else counters
         self._layers = layers
         self._resolver = resolver
         self._client = client
@@ -70,6 +75,19 @@ class Lazy:
 
     def prepare(self, request: LazyRequest) -> LazyLayer | Declined:
         """Mount the layer of `request`. A SociError or OSError means it could not be; nothing is left of the try."""
+        started = time.monotonic()
+        try:
+            made = self._prepare(request)
+        except Exception:
+            self._counters.layer("").count("fuse_mount_failure_count").add()
+            raise
+        if isinstance(made, LazyLayer):
+            now = time.monotonic()
+            self._counters.layer(request.layer_digest).duration("mount").observe((now - started) * 1000)
+            self._counters.mounted(request.manifest_digest, request.layer_digest, now)
+        return made
+
+    def _prepare(self, request: LazyRequest) -> LazyLayer | Declined:
         reference = references.parse(request.image_ref)
         layer = digests.parse(request.layer_digest)
         size = _stated_size(request)
@@ -80,7 +98,7 @@ class Lazy:
         claim, labels = self._claim(request, reference)
         if claim is None:
             return Declined("neither the chain nor the image's config says what the layer must be")
-        self._fetch_ztoc(reference, ztoc)
+        self._fetch_ztoc(reference, layer, ztoc)
         lazy = [lower.mount_id for lower in request.parent_chain if isinstance(lower, LazyLower)]
         with self._layers.pinned(lazy) as paths:
             lowers = [
@@ -165,10 +183,11 @@ class Lazy:
         named = {str(diff_id) for descriptor, diff_id in pairs if descriptor.digest == layer}
         return named.pop() if len(named) == 1 else None
 
-    def _fetch_ztoc(self, reference: Reference, ztoc: Descriptor) -> None:
+    def _fetch_ztoc(self, reference: Reference, layer: Digest, ztoc: Descriptor) -> None:
         with self._turns.turn(ztoc.digest):
             if not self._content.exists(ztoc.digest):
-                ztocs.fetch(self._client, self._content, reference, ztoc)
+                with measured(self._counters.layer(str(layer)).duration("ztoc_fetch")):
+                    ztocs.fetch(self._client, self._content, reference, ztoc)
 
 
 def _stated_size(request: LazyRequest) -> int | None:

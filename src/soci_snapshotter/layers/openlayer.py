@@ -6,8 +6,9 @@ import errno
 import mmap
 import os
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from soci_snapshotter.layers.meta import data_size
 from soci_snapshotter.layers.pool import FlightPool
 from soci_snapshotter.layers.reader import LayerReader, RangeSource, ReadOptions, Replies
 from soci_snapshotter.layers.spandecode import check_sizes
+from soci_snapshotter.layers.timing import measured
+from soci_snapshotter.policy.counters import Counters, Reads
 from soci_snapshotter.store.layerfiles import (
     LayerRecord,
     SpanFile,
@@ -51,6 +54,7 @@ class Surroundings:
     boot: bytes
     source: Callable[[LayerRecord, int], RangeSource]
     """Makes the source of a layer's bytes from its record and its compressed size."""
+    counters: Counters = field(default_factory=Counters)
 
 
 class OpenLayer:
@@ -71,7 +75,9 @@ class OpenLayer:
         self._around = around
         self._windows_fd = os.open(ztoc_path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.spans, self.compressed_size = _read_spans(self._windows_fd, record)
+            counters = around.counters.layer(record.layer_digest)
+            with measured(counters.duration("ztoc_unmarshal")):
+                self.spans, self.compressed_size = _read_spans(self._windows_fd, record)
             check_sizes(self.spans)
             self.files = SpanFile(directory, len(self.spans), record.data_size, around.boot)
         except BaseException:
@@ -87,6 +93,7 @@ class OpenLayer:
             pool=around.pool,
             options=around.options,
             on_complete=on_complete,
+            counters=counters,
         )
 
     @property
@@ -124,18 +131,23 @@ class OpenLayer:
 class WholeFile:
     """The flat file of a complete layer, for mounts that were made while it was lazy (serve.flatfiles.FlatFile)."""
 
-    def __init__(self, fd: int, size: int, *, condemned: bool) -> None:
+    def __init__(self, fd: int, size: int, *, condemned: bool, reads: Reads) -> None:
         """`fd` is of data.tar, and closed by `close`; `size` is what mounts know, in bytes."""
         self.size = size
         self.condemned = condemned
         self._fd = fd
+        self._reads = reads
 
     def read(self, unique: int, offset: int, size: int) -> bytes:
         """The bytes, at once; EIO from a condemned layer."""
         del unique
+        started = time.monotonic_ns()
         if self.condemned:
+            self._reads.refused()
             raise OSError(errno.EIO, "the layer is not what its image says")
-        return os.pread(self._fd, size, offset)
+        data = os.pread(self._fd, size, offset)
+        self._reads.answered(time.monotonic_ns() - started, size)
+        return data
 
     def close(self) -> None:
         """Close the descriptor. FUSE has released the node."""

@@ -33,8 +33,10 @@ from soci_snapshotter.layers.complete import hash_tar
 from soci_snapshotter.layers.meta import MetaRequest, MetaResult, meta_path
 from soci_snapshotter.layers.mountpoints import Mounter, MountPoints
 from soci_snapshotter.layers.openlayer import Layer, LayerKey, OpenLayer, Surroundings, WholeFile
+from soci_snapshotter.layers.timing import measured
 from soci_snapshotter.layers.turns import Turns
 from soci_snapshotter.layers.workers import MetaWorkers
+from soci_snapshotter.policy.counters import LayerCounters
 from soci_snapshotter.policy.lazy import Declined
 from soci_snapshotter.policy.proof import Claim, judge
 from soci_snapshotter.serve.flatfiles import FIRST_NODE, FlatFile
@@ -200,13 +202,15 @@ class OpenLayers:
         with self._turns.turn(key):
             with self._lock:
                 known = self._layers.get(key)
+            self._counters(key).count("resolve_cache_miss" if known is None else "resolve_cache_hit").add()
             if known is not None and known.record.complete and not claim.fits(known.record.diff_id):
                 return Declined(_misfit(known.record, claim))
             directory = layer_directory(self._root, key.layer, key.ztoc)
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             layer = known
             try:
-                meta = self._build_meta(key, directory, lowers, layer_size)
+                with measured(self._counters(key).duration("init_metadata_store")):
+                    meta = self._build_meta(key, directory, lowers, layer_size)
                 if layer is None:
                     layer = self._new(key, directory, reference, meta)
                 layer.save(layer.record.with_source(reference))
@@ -285,7 +289,8 @@ class OpenLayers:
                     compressed_size=lazy.compressed_size,
                 )
             )
-            layer.whole = WholeFile(lazy.hand_over(), layer.record.data_size, condemned=False)
+            reads = self._counters(lazy.key).reads
+            layer.whole = WholeFile(lazy.hand_over(), layer.record.data_size, condemned=False, reads=reads)
             self._server.add(layer.record.node_id, layer.whole)
             with self._lock:
                 layer.lazy = None
@@ -369,6 +374,9 @@ class OpenLayers:
             for number in layer.record.standing():
                 self._points.unmount(number)
 
+    def _counters(self, key: LayerKey) -> LayerCounters:
+        return self._around.counters.layer(str(key.layer))
+
     # -- steps, in the layer's turn ------------------------------------------------------------------------------
 
     def _build_meta(
@@ -416,7 +424,8 @@ class OpenLayers:
         """Serve a complete layer's node, for mounts that were made while it was lazy."""
         record = layer.record
         fd = os.open(layer.data, os.O_RDONLY | os.O_CLOEXEC)
-        layer.whole = WholeFile(fd, record.data_size, condemned=record.condemned)
+        reads = self._counters(layer.key).reads
+        layer.whole = WholeFile(fd, record.data_size, condemned=record.condemned, reads=reads)
         self._server.add(record.node_id, layer.whole, opens=opens)
         with self._lock:
             self._by_node[record.node_id] = layer.key
@@ -469,7 +478,8 @@ class OpenLayers:
                 self._serve(layer, 0)
             device = self._server.path_of(layer.record.node_id)
         shown = again or self._points.next()
-        self._points.mount(shown, meta_path(layer.directory, meta_hash), device)
+        with measured(self._counters(layer.key).duration("fuse_mount")):
+            self._points.mount(shown, meta_path(layer.directory, meta_hash), device)
         try:
             number = layer.record.mounts.get(meta_hash, shown)
             with self._lock:

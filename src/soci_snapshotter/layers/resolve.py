@@ -69,6 +69,11 @@ class IndexResolver:
         self._lock = threading.Lock()
         self._found: OrderedDict[Image, SociIndex] = OrderedDict()
 
+    @property
+    def discovers(self) -> bool:
+        """Whether an index is looked for that nobody names."""
+        return self._v1 or self._v2
+
     def index_for(self, reference: Reference, manifest: Digest, explicit: Digest | None) -> SociIndex | None:
         """The image's index, None when no source has one. Raises Remote, or Integrity for one that is malformed."""
         image = Image(reference.locator, manifest, explicit)
