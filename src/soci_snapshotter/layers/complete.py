@@ -56,6 +56,7 @@ class Table(Protocol):
     """What the completer needs of OpenLayers."""
 
     def layers(self) -> list[OpenLayer]: ...
+    def condemn(self, key: LayerKey, reason: str) -> None: ...
     def completed(self, layer: OpenLayer, diff_id: str, tar_size: int, stamp: Stamp) -> None: ...
     def tick(self) -> None: ...
 
@@ -65,7 +66,7 @@ class Completer:
 
     def __init__(self, table: Table) -> None:
         self._table = table
-        self._queue: queue.SimpleQueue[LayerKey | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[LayerKey, str] | None] = queue.SimpleQueue()
         self._tries: dict[LayerKey, int] = {}
         self._ending = False
         self._threads = [
@@ -93,12 +94,20 @@ class Completer:
 
     def submit(self, key: LayerKey) -> None:
         """Every span of this layer is here. Never blocks."""
-        self._queue.put(key)
+        self._queue.put((key, ""))
+
+    def condemn(self, key: LayerKey, reason: str) -> None:
+        """The layer's ztoc lies about this. Never blocks."""
+        self._queue.put((key, reason))
 
     def _run(self) -> None:
-        while (key := self._queue.get()) is not None and not self._ending:
+        while (job := self._queue.get()) is not None and not self._ending:
+            key, lie = job
             try:
-                self._complete(key)
+                if lie:
+                    self._table.condemn(key, lie)
+                else:
+                    self._complete(key)
             except Unfinished:
                 self._later(key)
             except (SociError, OSError) as error:
@@ -118,7 +127,7 @@ class Completer:
             return
         self._tries[key] = tries
         self._stop.wait(TICK_SECONDS)
-        self._queue.put(key)
+        self._queue.put((key, ""))
 
     def _complete(self, key: LayerKey) -> None:
         layer = next((layer for layer in self._table.layers() if layer.key == key), None)

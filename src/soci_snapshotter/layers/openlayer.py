@@ -67,12 +67,17 @@ class OpenLayer:
         ztoc_path: Path,
         around: Surroundings,
         on_complete: Callable[[], None] | None = None,
+        on_lie: Callable[[str], None] | None = None,
     ) -> None:
-        """Open from disk. Raises Integrity or Unsupported for a ztoc that cannot be served, OSError from the disk."""
+        """Open from disk. `on_lie` hears in what the ztoc differs from the layer.
+
+        Raises Integrity or Unsupported for a ztoc that cannot be served, OSError from the disk.
+        """
         self.directory = directory
         self.record = record
         self.key = LayerKey(parse(record.layer_digest), parse(record.ztoc_digest))
         self._around = around
+        self._on_lie = on_lie
         self._windows_fd = os.open(ztoc_path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             counters = around.counters.layer(record.layer_digest)

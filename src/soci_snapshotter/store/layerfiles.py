@@ -84,7 +84,9 @@ class LayerRecord(msgspec.Struct, frozen=True):
     compressed_size: int = 0
     """Bytes of the blob; both, for who asks how far the layer is, once it is complete."""
     condemned: bool = False
-    """Complete, and not what any snapshot of it said it would be: reads through FUSE fail."""
+    """Not what any snapshot of it said it would be, or a lie: reads through FUSE fail."""
+    lie: str = ""
+    """In what the ztoc differs from the layer, when it does."""
 
     def with_source(self, reference: str) -> LayerRecord:
         rest = tuple(source for source in self.sources if source != reference)
@@ -108,6 +110,10 @@ class LayerRecord(msgspec.Struct, frozen=True):
         """Nothing that is mounted is handed out any more."""
         standing = tuple(sorted(self.standing()))
         return msgspec.structs.replace(self, shown=dict.fromkeys(self.mounts, 0), superseded=standing)
+
+    def asleep(self) -> LayerRecord:
+        """Nothing is mounted; the rows' numbers stay."""
+        return msgspec.structs.replace(self, shown=dict.fromkeys(self.mounts, 0), superseded=(), local=())
 
     def without_superseded(self, number: int) -> LayerRecord:
         """m/<number> is gone."""
