@@ -146,7 +146,7 @@ def test_histograms_count_as_prometheus_does(observed: list[float]) -> None:
         histogram.observe(value)
     family = Family("x", "histogram", "")
     family.add_histogram(MILLISECONDS, histogram.slots, histogram.total)
-    by_bound = {dict(s.labels)["le"]: s.value for s in family.samples if s.suffix == "_bucket"}
+    by_bound = {s.bound: s.value for s in family.samples if s.suffix == "_bucket"}
     for bound in MILLISECONDS:
         assert by_bound[str(bound)] == sum(value <= bound for value in observed)
     assert by_bound["+Inf"] == len(observed)

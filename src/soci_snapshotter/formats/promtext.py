@@ -21,6 +21,8 @@ class Sample(NamedTuple):
     suffix: str
     labels: Labels
     value: float
+    bound: str = ""
+    """The label `le` of a bucket."""
 
 
 @dataclass(slots=True)
@@ -38,11 +40,11 @@ class Family:
 
     def add_histogram(self, bounds: Sequence[int], slots: Sequence[int], total: float, **labels: str) -> None:
         """One histogram: values counted by bound, one slot more for those above all bounds, and their sum."""
-        own = tuple(labels.items())
+        own = tuple(labels.items())  # one tuple for all of them: see _lines
         below = 0
         for bound, slot in zip((*map(str, bounds), "+Inf"), slots, strict=True):
             below += slot
-            self.samples.append(Sample("_bucket", (*own, ("le", bound)), below))
+            self.samples.append(Sample("_bucket", own, below, bound))
         self.samples += (Sample("_sum", own, total), Sample("_count", own, below))
 
 
@@ -53,9 +55,20 @@ def encode(families: Iterable[Family]) -> bytes:
 
 def _lines(family: Family) -> Iterator[str]:
     yield f"# HELP {family.name} {_escape(family.help)}\n# TYPE {family.name} {family.kind}\n"
-    for suffix, labels, value in family.samples:
-        inside = ",".join(f'{key}="{_escape(text, quote=True)}"' for key, text in labels)
-        yield f"{family.name}{suffix}{{{inside}}} {value}\n" if inside else f"{family.name}{suffix} {value}\n"
+    name = family.name
+    labels, text = None, ""
+    for sample in family.samples:
+        if sample.labels is not labels:  # 18 lines of a histogram have the same
+            labels = sample.labels
+            text = ",".join(f'{key}="{_escape(value, quote=True)}"' for key, value in labels)
+        if sample.bound:
+            yield f'{name}_bucket{{{text}{"," if text else ""}le="{sample.bound}"}} {sample.value}\n'
+        else:
+            yield (
+                f"{name}{sample.suffix}{{{text}}} {sample.value}\n"
+                if text
+                else f"{name}{sample.suffix} {sample.value}\n"
+            )
 
 
 def _escape(text: str, *, quote: bool = False) -> str:
