@@ -29,7 +29,17 @@ _DEMAND = PRIORITIES.index("demand")
 _BACKGROUND = PRIORITIES.index("background")
 
 # Shown from the start: a query for a counter that is not there finds nothing, not 0.
-ALWAYS = ("fuse_failure_state", "fuse_mount_failure_count", "local_mount_failure_count")
+ALWAYS = (
+    "fuse_failure_state",
+    "fuse_mount_failure_count",
+    "local_mount_failure_count",
+    # ours:
+    "layers_completed",
+    "layers_condemned",
+    "layers_evicted",
+    "layers_refilled",
+    "snapshots_condemned",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,18 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         cleanup = threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True)
         stack.callback(cleanup.join)
         cleanup.start()
-        parts = Parts(root, counters, layers, background, background_enabled=not off, pool=pool, events=dict)
+        parts = Parts(
+            root,
+            counters,
+            layers,
+            background,
+            background_enabled=not off,
+            pool=pool,
+            events=lambda: {
+                "prefetch_artifacts": prefetcher.artifacts,
+                "prefetch_failures": prefetcher.failures,
+            },
+        )
         stack.enter_context(introspection(config, parts, address.parent))
         stack.enter_context(_serving(snapshotter, address))
         yield Daemon(layers, address.parent)
