@@ -75,11 +75,11 @@ def test_streams_do_not_disturb_each_other() -> None:
 
 
 def test_random_reads_soon_get_no_guesses() -> None:
-    """Somebody who never reads what was guessed: a handful of guesses, then none, and no stream."""
+    """Somebody who never reads what was guessed: a guess or two, then none, and no stream."""
     ahead = tracker(4000)
     found = [ahead.read(span, span, missed=True) for span in range(0, 4000, 7)]
     assert not any(each.sure for each in found)
-    assert 3 <= sum(bool(each.spans) for each in found) <= 8
+    assert 1 <= sum(bool(each.spans) for each in found) <= 2
     assert len(ahead.watched) <= STREAMS
 
 

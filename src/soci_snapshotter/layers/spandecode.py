@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 from soci_snapshotter.errors import Integrity, Unsupported
+from soci_snapshotter.formats.digest import Buffer
 from soci_snapshotter.formats.zinfo import WINDOW, SpanTable
 from soci_snapshotter.linux.inflate import decode_span
 from soci_snapshotter.store.layerfiles import SpanFile
@@ -48,8 +49,11 @@ class SpanIntake:
         self._windows_fd = windows_fd
         self._last = last
         self._landed = landed
-        self._buffer = bytearray()  # begins where the current span does
-        self._start, self._end = spans.compressed_range(first)
+        self._buffer = (
+            bytearray()
+        )  # as long as the longest span so far; `_held` bytes of the current one are in it
+        self._start = spans.compressed_range(first)[0]
+        self._begin(b"")
 
     @property
     def byte_range(self) -> tuple[int, int]:
@@ -58,29 +62,50 @@ class SpanIntake:
 
     def feed(self, chunk: memoryview) -> None:
         """Take the next bytes. Raises Integrity for a span that is not what its digest says, OSError from the disk."""
-        self._buffer += chunk
-        while self.span <= self._last and len(self._buffer) >= self._end - self._start:
-            self._take()
+        while len(chunk) and self.span <= self._last:
+            count = min(len(chunk), self._size - self._held)
+            self._put(chunk[:count])
+            chunk = chunk[count:]
+            while self.span <= self._last and self._held == self._size:
+                self._take()
 
     def finish(self) -> None:
         """Raise Integrity when the bytes ended early."""
         if self.span <= self._last:
-            raise Integrity(f"span {self.span}: {len(self._buffer)} of {self._end - self._start} bytes came")
+            raise Integrity(f"span {self.span}: {self._held} of {self._size} bytes came")
+
+    def _begin(self, carried: Buffer) -> None:
+        """Get ready for `span`, of whose bytes the one it shares with the span before may be here."""
+        start, end = self._spans.compressed_range(self.span)
+        self._start, self._size, self._held = start, end - start, 0
+        self._undigested = self._spans.digest_range(self.span)[0] - start
+        self._hash = hashlib.sha256()
+        if len(self._buffer) < self._size:
+            self._buffer = bytearray(self._size)
+        self._put(carried)
+
+    def _put(self, piece: Buffer) -> None:
+        """Keep and hash a piece as it comes: a reader waits for what is left to do when the last one is here."""
+        before, self._held = self._held, self._held + len(piece)
+        self._buffer[before : self._held] = piece
+        skip = max(self._undigested - before, 0)
+        self._hash.update(memoryview(piece)[skip:] if skip else piece)
 
     def _take(self) -> None:
         with memoryview(self._buffer) as view:
-            self._store(view[: self._end - self._start])
-        self._landed(self.span)
-        self.span += 1
+            if not self._files.live[self.span]:  # another flight may have been faster
+                self._store(view[: self._size])
+                self._landed(self.span)
+            self.span += 1
+            if self.span <= self._last:
+                shared = self._start + self._size - self._spans.compressed_range(self.span)[0]
+                carried = bytes(view[self._size - shared : self._size])
         if self.span <= self._last:
-            start, end = self._spans.compressed_range(self.span)
-            del self._buffer[: start - self._start]  # a shared byte stays
-            self._start, self._end = start, end
+            self._begin(carried)
 
     def _store(self, fetched: memoryview) -> None:
         spans, span = self._spans, self.span
-        start, end = spans.digest_range(span)
-        found = hashlib.sha256(fetched[start - self._start : end - self._start]).hexdigest()
+        found = self._hash.hexdigest()
         if f"sha256:{found}" != spans.digest(span):
             raise Integrity(f"span {span}: its bytes have digest sha256:{found}, not {spans.digest(span)}")
         position = spans.window_position(span)

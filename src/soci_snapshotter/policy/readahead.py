@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 WINDOW_FIRST = 2 << 20
-"""One or two usual spans. On the recorded reads of a program's start over 10 ms and 500 Mbit/s: 3.5 s for 154 MB, against
+"""One or two usual spans. On the recorded reads of a program's start over 10 ms and 500 Mbit/s: 3.6 s for 153 MB, against
 4.3 s for 117 MB without; 4 MiB that double give 3.7 s for 197 MB."""
 
 WINDOW_MOST = 32 << 20
@@ -25,12 +25,12 @@ WINDOW_MOST = 32 << 20
 STREAMS = 16
 """Readers of one layer followed at once; a start reads some files in parallel, rarely more."""
 
-_SCORE_START = 0.6
+_SCORE_START = 0.4
 _SCORE_WRONG = 1 / 8
 _SCORE_RIGHT = 1 / 4
 _SCORE_ENOUGH = 1 / 3
-"""A guess counts as wrong until it proves right. With these a quarter of right guesses keeps them coming, and five
-wrong ones at the start of a layer end them."""
+"""A guess counts as wrong until it proves right. With these a quarter of right guesses keeps them coming, and one wrong
+guess at the start of a layer ends them until two neighbors are read."""
 
 
 class Ahead(NamedTuple):
