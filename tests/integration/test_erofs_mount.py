@@ -1,4 +1,4 @@
-"""meta.erofs mounted by the kernel, against what an independent reader of the tar expects."""
+"""meta.erofs mounted in every way, against what an independent reader of the tar expects."""
 
 import gzip
 import hashlib
@@ -18,8 +18,9 @@ from soci_snapshotter.formats.erofs import build_meta
 from soci_snapshotter.formats.tree import build_tree, implicit_directories
 from soci_snapshotter.formats.ztoc import decode
 from soci_snapshotter.linux import fusedev, mounts
-from soci_snapshotter.serve.erofs_mounts import ErofsMounts, Stack, mount_layer, probe
 from soci_snapshotter.serve.flatfiles import FuseServer
+from soci_snapshotter.serve.layer_mounts import METHODS, LayerMounts, Method, Stack
+from soci_snapshotter.serve.probe import probe
 
 pytestmark = pytest.mark.root
 
@@ -109,14 +110,26 @@ def write_meta(case: str, tar: bytes, path: Path, *, bottom: bool = True) -> lis
 
 
 @contextmanager
-def mounted(meta: Path, device: bytes, target: Path, *, directio: bool = True) -> Iterator[Path]:
-    """An EROFS mount for the time of the block."""
-    target.mkdir()
-    mount_layer(os.fsencode(meta), device, os.fsencode(target), directio)
+def mounter(method: Method, base: Path) -> Iterator[tuple[FuseServer, LayerMounts]]:
+    """A FUSE server and what mounts over it, gone with the block."""
+    with fusedev.connect() as connection, FuseServer(connection) as server:
+        found = LayerMounts(Stack(method, directio=True), base / "m", server, base / "run")
+        found.load(fresh=True)
+        try:
+            yield server, found
+        finally:
+            found.detach()
+
+
+@contextmanager
+def mounted(layers: LayerMounts, meta: Path, device: bytes, target: Path) -> Iterator[Path]:
+    """A mount for the time of the block."""
+    target.mkdir(parents=True, exist_ok=True)
+    layers.mount(meta, device, target)
     try:
         yield target
     finally:
-        mounts.unmount(os.fsencode(target))
+        layers.unmount(target)
 
 
 class Pread:
@@ -131,44 +144,45 @@ class Pread:
 
 
 @pytest.mark.parametrize("through_fuse", [False, True])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
-def test_the_kernel_shows_what_the_tar_says(case: str, through_fuse: bool, tmp_path: Path) -> None:
+def test_the_kernel_shows_what_the_tar_says(
+    case: str, method: Method, through_fuse: bool, tmp_path: Path
+) -> None:
     """Every path, type, mode, owner, time, xattr, device, link and byte, over a local file and FUSE."""
     tar = tar_of(case)
     implicit = write_meta(case, tar, tmp_path / "meta")
     (tmp_path / "data").write_bytes(tar)
     want = expected(tar)
-    if through_fuse:
-        with fusedev.connect() as connection, FuseServer(connection) as server:
-            server.add(16, Pread(tmp_path / "data"))
-            with mounted(tmp_path / "meta", server.path_of(16), tmp_path / "m") as top:
-                found = shown(top)
-    else:
-        with mounted(
-            tmp_path / "meta", os.fsencode(tmp_path / "data"), tmp_path / "m", directio=False
-        ) as top:
+    with mounter(method, tmp_path) as (server, layers):
+        server.add(16, Pread(tmp_path / "data"))
+        device = server.path_of(16) if through_fuse else os.fsencode(tmp_path / "data")
+        with mounted(layers, tmp_path / "meta", device, tmp_path / "m/1") as top:
             found = shown(top)
+            assert shown(top) == found  # from the caches
             if case == "gnu6-edge1":
-                assert (top / "edge/hard-a").stat().st_nlink == 3
-                names = len(
-                    [path for path in (top / "edge").iterdir() if path.is_dir() and not path.is_symlink()]
-                )
-                assert (top / "edge").stat().st_nlink == 2 + names
+                status = (top / "edge/hard-a").stat()
+                assert status.st_nlink == 3
+                same = [entry.name for entry in os.scandir(top / "edge") if entry.inode() == status.st_ino]
+                assert len(same) == 2  # as readdir says, too; the third is elsewhere
+                names = [path for path in (top / "edge").iterdir() if path.is_dir() and not path.is_symlink()]
+                assert (top / "edge").stat().st_nlink == 2 + len(names)
     assert {path: value for path, value in found.items() if path not in implicit} == want
     assert set(found) - set(want) == set(implicit) - {""}
 
 
-def test_whiteouts_act_under_overlayfs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_whiteouts_act_under_overlayfs(method: Method, tmp_path: Path) -> None:
     """edge2 above edge1: removed names are gone, opaque directories hide, a directory becomes a file."""
-    with fusedev.connect() as connection, FuseServer(connection) as server:
+    with mounter(method, tmp_path) as (server, layers):
         for node, (case, name) in enumerate([("gnu6-edge1", "low"), ("go-edge2-whiteouts", "high")], 16):
             tar = tar_of(case)
             (tmp_path / f"{name}.tar").write_bytes(tar)
             write_meta(case, tar, tmp_path / f"{name}.meta", bottom=name == "low")
             server.add(node, Pread(tmp_path / f"{name}.tar"))
         with (
-            mounted(tmp_path / "low.meta", server.path_of(16), tmp_path / "low") as low,
-            mounted(tmp_path / "high.meta", server.path_of(17), tmp_path / "high") as high,
+            mounted(layers, tmp_path / "low.meta", server.path_of(16), tmp_path / "low") as low,
+            mounted(layers, tmp_path / "high.meta", server.path_of(17), tmp_path / "high") as high,
         ):
             merged = tmp_path / "merged"
             merged.mkdir()
@@ -194,35 +208,59 @@ def test_whiteouts_act_under_overlayfs(tmp_path: Path) -> None:
                 mounts.unmount(os.fsencode(merged))
 
 
-def test_mounts_are_found_again(tmp_path: Path) -> None:
-    """A mount is listed below its directory with 1 MiB of read-ahead, and gone after unmount."""
+@pytest.mark.parametrize("method", METHODS)
+def test_mounts_are_found_again(method: Method, tmp_path: Path) -> None:
+    """A mount is listed below its directory; gone after unmount, with its loop devices."""
     tar = tar_of("go-one")
     write_meta("go-one", tar, tmp_path / "meta")
     (tmp_path / "data").write_bytes(tar)
     target = tmp_path / "m" / "1"
-    target.mkdir(parents=True)
-    table = ErofsMounts(Stack(directio=True), tmp_path / "m")
-    before = set(os.listdir("/sys/class/bdi"))
-    table.mount(tmp_path / "meta", os.fsencode(tmp_path / "data"), target)
-    try:
-        assert table.mounted() == {target}
-        for name in set(os.listdir("/sys/class/bdi")) - before:
-            assert Path(f"/sys/class/bdi/{name}/read_ahead_kb").read_text() == "1024\n"
-    finally:
-        table.unmount(target)
-    assert table.mounted() == set()
+    loops = attached_loops()
+    with mounter(method, tmp_path) as (_, layers):
+        with mounted(layers, tmp_path / "meta", os.fsencode(tmp_path / "data"), target):
+            assert layers.mounted() == {target}
+            assert len(attached_loops() - loops) == (2 if method == "loop" else 0)
+        assert layers.mounted() == set()
+        assert attached_loops() <= loops
 
 
-def test_the_probe_leaves_nothing(tmp_path: Path) -> None:
-    """It proves this disk, and leaves neither mount nor file."""
-    before = len(mounts.mountinfo())
-    assert probe(tmp_path) in {Stack(directio=True), Stack(directio=False)}
+def attached_loops() -> set[str]:
+    """Loop devices with a file of this machine behind them."""
+    return {path.parent.parent.name for path in Path("/sys/block").glob("loop*/loop/backing_file")}
+
+
+@pytest.mark.parametrize("method", ["file", "loop"])
+def test_read_ahead_is_a_mebibyte(method: Method, tmp_path: Path) -> None:
+    """The filesystem's device asks for 1 MiB at once."""
+    tar = tar_of("go-one")
+    write_meta("go-one", tar, tmp_path / "meta")
+    (tmp_path / "data").write_bytes(tar)
+    before, loops = set(os.listdir("/sys/class/bdi")), attached_loops()
+    with (
+        mounter(method, tmp_path) as (_, layers),
+        mounted(layers, tmp_path / "meta", os.fsencode(tmp_path / "data"), tmp_path / "m/1"),
+    ):
+        if method == "loop":
+            found = [Path(f"/sys/block/{name}/queue/read_ahead_kb") for name in attached_loops() - loops]
+        else:
+            new = set(os.listdir("/sys/class/bdi")) - before
+            found = [Path(f"/sys/class/bdi/{name}/read_ahead_kb") for name in new if "erofs" in name]
+        assert "1024\n" in [path.read_text() for path in found]
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_the_probe_leaves_nothing(method: Method | None, tmp_path: Path) -> None:
+    """It proves this disk in the way asked for, and leaves neither mount nor file nor loop device."""
+    before, loops = len(mounts.mountinfo()), attached_loops()
+    assert probe(tmp_path, method).method == (method or "file")
     assert os.listdir(tmp_path) == []
     assert len(mounts.mountinfo()) == before
+    assert attached_loops() <= loops
 
 
-def test_the_probe_refuses_memory() -> None:
-    """tmpfs cannot back EROFS: one line that says so."""
+def test_memory_cannot_back_erofs() -> None:
+    """On tmpfs the way from files is refused in one line that says so, and another one is taken."""
     with pytest.raises(Unsupported, match="tmpfs") as caught:
-        probe("/dev/shm")
+        probe("/dev/shm", "file")
     assert "\n" not in str(caught.value)
+    assert probe("/dev/shm").method in {"loop", "classic"}

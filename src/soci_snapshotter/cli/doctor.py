@@ -107,7 +107,7 @@ def examine(node: Node) -> Iterator[Finding]:
     yield check_user()
     yield check_kernel()
     yield check_fuse()
-    yield check_mounts(node.root)
+    yield check_mounts(node.root, node.config)
     yield check_filesystems(Path("/proc/filesystems").read_text())
     yield check_root(node.root)
     yield from check_config(node.config)

@@ -17,11 +17,12 @@ from ..daemon import config as configs
 from ..errors import Config, SociError
 from ..linux import fusedev, mounts
 from ..policy.findings import Finding, ok, problem, warning
-from ..serve import erofs_mounts
+from ..serve import probe as probes
 
-# Linux 6.12 mounts EROFS from a file (CONFIG_EROFS_FS_BACKED_BY_FILE).
-_ENOUGH = (6, 12)
+# The detached FUSE mount's clones need 5.12; EROFS with 512-byte blocks 6.4; EROFS from a file 6.12.
+_LEAST = (5, 12)
 _FILESYSTEMS = ("erofs", "fuse", "overlay")
+_SPARE = ("erofs",)  # layers can be mounted without
 # A few layers' worth: below the first a pull is likely to fail, below the second any is.
 _LITTLE_SPACE = 2 << 30
 _NO_SPACE = 64 << 20
@@ -57,8 +58,10 @@ def check_kernel() -> Finding:
     """The version, as a hint only: what counts is what the mounts below show."""
     release = platform.release()
     numbers = re.match(r"(\d+)\.(\d+)", release)
-    if numbers and (int(numbers[1]), int(numbers[2])) < _ENOUGH:
-        return warning("kernel", f"Linux {release}", "use Linux 6.12 or newer: it mounts EROFS from files")
+    if numbers and (int(numbers[1]), int(numbers[2])) < _LEAST:
+        return warning(
+            "kernel", f"Linux {release}", "use Linux 5.12 or newer; best is 6.12, which mounts from files"
+        )
     return ok("kernel", f"Linux {release}")
 
 
@@ -77,20 +80,28 @@ def check_fuse() -> Finding:
         return problem("FUSE", str(error), "modprobe fuse", "echo fuse > /etc/modules-load.d/soci.conf")
 
 
-def check_mounts(root: Path) -> Finding:
-    """The whole stack of a lazy layer, mounted for a moment where the daemon would: the daemon's own probe."""
-    place = _existing(root)
+def check_mounts(root: Path, config: Path) -> Finding:
+    """The whole stack of a lazy layer, mounted for a moment where and as the daemon would: the daemon's own probe."""
+    name, place = "lazy mounts", _existing(root)
     try:
-        stack = erofs_mounts.probe(place)
+        method = configs.load(config)[0].mount_method
+    except Config:  # check_config says it
+        method = "auto"
+    try:
+        stack = probes.probe(place, None if method == "auto" else method)
     except (SociError, OSError) as error:
-        return problem("lazy mounts", str(error))
-    if stack.directio:
-        return ok("lazy mounts", f"EROFS from files and overlayfs above work on {place}")
-    return ok(
-        "lazy mounts",
-        f"EROFS from files and overlayfs above work on {place}, without direct I/O: its disk has 4 KiB sectors, "
-        "and data is cached twice",
-    )
+        forced = () if method == "auto" else (f'in {config}: mount_method = "auto"',)
+        return problem(name, str(error), *forced)
+    found = f"{stack.text}, and overlayfs above, on {place}"
+    if method != "auto":
+        found += f" (mount_method = {method})"
+    if stack.method == "classic" and method == "auto":
+        return warning(
+            name, f"{found}: right, but slower than EROFS", "use Linux 6.12 or newer, with CONFIG_EROFS_FS"
+        )
+    if stack.method != "classic" and not stack.directio:
+        found += "; data is cached twice, as this disk allows no direct I/O of 512 bytes"
+    return ok(name, found)
 
 
 def check_filesystems(listing: str) -> Finding:
@@ -99,7 +110,8 @@ def check_filesystems(listing: str) -> Finding:
     missing = [name for name in _FILESYSTEMS if name not in known]
     if not missing:
         return ok("filesystems", ", ".join(_FILESYSTEMS))
-    return problem(
+    report = problem if set(missing) - set(_SPARE) else warning
+    return report(
         "filesystems",
         f"the kernel does not know {', '.join(missing)}",
         *(f"modprobe {name}" for name in missing),

@@ -183,6 +183,8 @@ class Config(msgspec.Struct, frozen=True):
     metadata_db_no_sync: bool = False
     metadata_insertion_chunk_size: int = 0
     skip_check_snapshotter_supported: bool = False
+    mount_method: Literal["auto", "file", "loop", "classic"] = "auto"
+    """Ours: how layers are mounted (serve.layer_mounts); "auto" takes the first that works on this node."""
     http: Http = Http()
     blob: Blob = Blob()
     directory_cache: DirectoryCache = DirectoryCache()

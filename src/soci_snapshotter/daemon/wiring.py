@@ -41,8 +41,9 @@ from soci_snapshotter.registry.options import Options
 from soci_snapshotter.registry.pool import ConnectionPool
 from soci_snapshotter.registry.ranges import BlobReader
 from soci_snapshotter.serve import keeper_client
-from soci_snapshotter.serve.erofs_mounts import ErofsMounts, probe
 from soci_snapshotter.serve.flatfiles import FuseServer
+from soci_snapshotter.serve.layer_mounts import LayerMounts
+from soci_snapshotter.serve.probe import probe
 from soci_snapshotter.snapshotter.directories import overlay_options
 from soci_snapshotter.snapshotter.snapshotter import Snapshotter
 from soci_snapshotter.store.content import ContentStore
@@ -60,11 +61,13 @@ class Daemon:
     """What runs."""
 
     layers: OpenLayers
+    mounter: LayerMounts
     run_dir: Path
 
     def unmount_all(self) -> None:
         """SIGINT: take every mount down, and the keeper with them."""
         self.layers.unmount_all()
+        self.mounter.detach()
         keeper_client.stop(self.run_dir)
 
 
@@ -72,7 +75,8 @@ class Daemon:
 def running(config: Config, *, root: Path, address: Path, docker_config: Path) -> Iterator[Daemon]:
     """The daemon serves while the block lasts. Raises Config or Unsupported, one line each, when it cannot."""
     _make_directories(root, root / "snapshotter", address.parent)
-    stack_kind = probe(root)
+    stack_kind = probe(root, None if config.mount_method == "auto" else config.mount_method)
+    _log.info("layers are mounted", extra={"method": stack_kind.method, "how": stack_kind.text})
     with ExitStack() as stack:
         connection = keeper_client.acquire(address.parent)
         counters = Counters()
@@ -96,6 +100,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             layer = digests.parse(record.layer_digest)
             return BlobReader(client, connections, reference, layer, size, counters.layer(str(layer)))
 
+        mounter = LayerMounts(stack_kind, root / "m", server, address.parent / "trees")
         options = ReadOptions(float(config.blob.fetching_timeout_sec or 300))
         layers = stack.enter_context(
             OpenLayers(
@@ -103,13 +108,14 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
                 content=content,
                 workers=workers,
                 server=server,
-                mounter=ErofsMounts(stack_kind, root / "m"),
+                mounter=mounter,
                 around=Surroundings(server, pool, options, boot_id(), source, counters),
             )
         )
         ours.append(layers)
         stack.callback(releases.shutdown)  # before the layers close: a release may be dropping one
         layers.restore_files(fresh=fresh)
+        mounter.load(fresh=fresh)
         stack.enter_context(Syncer(layers))
         stack.enter_context(server)
         stack.enter_context(pool)
@@ -157,7 +163,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         )
         stack.enter_context(introspection(config, parts, address.parent))
         stack.enter_context(_serving(snapshotter, address))
-        yield Daemon(layers, address.parent)
+        yield Daemon(layers, mounter, address.parent)
 
 
 def _make_directories(*directories: Path) -> None:

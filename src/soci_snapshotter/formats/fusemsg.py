@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from struct import Struct, error
+from struct import Struct
 from typing import NamedTuple
 
 from soci_snapshotter.errors import Integrity, Unsupported
@@ -17,7 +17,10 @@ from soci_snapshotter.errors import Integrity, Unsupported
 MAJOR = 7
 MINOR = 40  # the protocol described here; the kernel uses the lower of its minor and ours
 ROOT_ID = 1
-NOTIFY_RESEND = 7  # fuse_notify_code, since 7.40 (Linux 6.9)
+# fuse_notify_code
+NOTIFY_INVAL_INODE = 2
+NOTIFY_INVAL_ENTRY = 3
+NOTIFY_RESEND = 7  # since 7.40 (Linux 6.9)
 # Below FUSE_MIN_READ_BUFFER (8192) read(2) of /dev/fuse fails; with max_write 4096 no request is longer.
 MAX_WRITE = 4096
 READ_BUFFER = 16384
@@ -33,8 +36,10 @@ _IN_HEADER = Struct("=IIQQIIIHH")
 # The loop's one look at a request: length, opcode, unique, node and, if it is a READ, offset and size in
 # bytes.
 PEEK = Struct("=IIQQ16x8xQI")
+_UID = Struct("=24xI")
 OUT_HEADER = Struct("=IiQ")
 _INIT_IN = Struct("=IIIII")
+_OLD_INIT_IN = 16  # bytes, before Linux 5.17: without the second word of capabilities
 _INIT_OUT = Struct("=IIIIHHIIHHI28x")
 _ATTR = "QQQQQQIIIIIIIIII"
 _ENTRY_OUT = Struct("=QQQQII" + _ATTR)
@@ -42,6 +47,8 @@ _ATTR_OUT = Struct("=QII" + _ATTR)
 _OPEN_OUT = Struct("=QIi")
 _READ_IN = Struct("=QQIIQII")
 _RELEASE_IN = Struct("=QIIQ")
+_INVAL_ENTRY = Struct("=QII")
+_INVAL_INODE = Struct("=Qqq")
 _STATFS_OUT = Struct("=QQQQQIIII24x")
 
 IN_HEADER_SIZE = _IN_HEADER.size
@@ -54,24 +61,34 @@ class Opcode(IntEnum):
     LOOKUP = 1
     FORGET = 2
     GETATTR = 3
+    READLINK = 5
     OPEN = 14
     READ = 15
     STATFS = 17
     RELEASE = 18
+    GETXATTR = 22
+    LISTXATTR = 23
     FLUSH = 25
     INIT = 26
+    READDIR = 28
     INTERRUPT = 36
     DESTROY = 38
     BATCH_FORGET = 42
+    READDIRPLUS = 44
 
 
 class Init(IntFlag):
     """Capabilities of FUSE_INIT, both words together."""
 
     ASYNC_READ = 1 << 0
+    DO_READDIRPLUS = 1 << 13
+    READDIRPLUS_AUTO = 1 << 14
     ASYNC_DIO = 1 << 15
+    NO_OPEN_SUPPORT = 1 << 17
     PARALLEL_DIROPS = 1 << 18
+    POSIX_ACL = 1 << 20
     MAX_PAGES = 1 << 22
+    CACHE_SYMLINKS = 1 << 23
     NO_OPENDIR_SUPPORT = 1 << 24
     INIT_EXT = 1 << 30
     HAS_RESEND = 1 << 39
@@ -79,9 +96,14 @@ class Init(IntFlag):
 
 WANTED = (
     Init.ASYNC_READ
+    | Init.DO_READDIRPLUS
+    | Init.READDIRPLUS_AUTO
     | Init.ASYNC_DIO
+    | Init.NO_OPEN_SUPPORT
     | Init.PARALLEL_DIROPS
+    | Init.POSIX_ACL
     | Init.MAX_PAGES
+    | Init.CACHE_SYMLINKS
     | Init.NO_OPENDIR_SUPPORT
     | Init.INIT_EXT
     | Init.HAS_RESEND
@@ -129,10 +151,10 @@ def init_request(body: bytes | memoryview) -> InitRequest:
     """The body of FUSE_INIT. Integrity when it is too short, Unsupported when the kernel speaks no protocol
     7.
     """
-    try:
-        major, minor, max_readahead, flags, flags2 = _INIT_IN.unpack_from(body)
-    except error:
-        raise Integrity(f"FUSE_INIT of {len(body)} bytes; a kernel older than 5.17 cannot be used") from None
+    if len(body) < _OLD_INIT_IN:
+        raise Integrity(f"FUSE_INIT of {len(body)} bytes is shorter than any kernel's")
+    whole = bytes(body[: _INIT_IN.size]) + bytes(max(_INIT_IN.size - len(body), 0))
+    major, minor, max_readahead, flags, flags2 = _INIT_IN.unpack(whole)
     if major != MAJOR:
         raise Unsupported(f"the kernel speaks FUSE protocol {major}.{minor}; this program speaks {MAJOR}")
     if flags & Init.INIT_EXT:
@@ -181,6 +203,24 @@ def notification(code: int) -> bytes:
     return OUT_HEADER.pack(OUT_HEADER_SIZE, code, 0)
 
 
+def invalidate_entry(parent: int, name: bytes) -> bytes:
+    """A message that makes the kernel drop a name and what is below it and not in use (fuse_notify_inval_entry_out).
+
+    Writing it fails with ENOENT when the kernel knows no such name.
+    """
+    body = _INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0"
+    return OUT_HEADER.pack(OUT_HEADER_SIZE + len(body), NOTIFY_INVAL_ENTRY, 0) + body
+
+
+def invalidate_attributes(node: int) -> bytes:
+    """A message that makes the kernel ask for a node's attributes again (fuse_notify_inval_inode_out).
+
+    Writing it fails with ENOENT when the kernel has no inode for the node: which is how to find out.
+    """
+    body = _INVAL_INODE.pack(node, -1, 0)
+    return OUT_HEADER.pack(OUT_HEADER_SIZE + len(body), NOTIFY_INVAL_INODE, 0) + body
+
+
 def _attributes(node: int, mode: int, size: int) -> tuple[int, ...]:
     links = 2 if node == ROOT_ID else 1
     # ino, size, blocks, three times, their ns, mode, nlink, uid, gid, rdev, blksize, flags
@@ -218,6 +258,12 @@ def read_request(node: int, unique: int, offset: int, size: int) -> bytes:
     length = IN_HEADER_SIZE + _READ_IN.size
     header = _IN_HEADER.pack(length, Opcode.READ, unique, node, 0, 0, 0, 0, 0)
     return header + _READ_IN.pack(node, offset, size, 0, 0, 0, 0)
+
+
+def uid_in(buffer: bytes | bytearray | memoryview) -> int:
+    """The user that the request which opens `buffer` is for."""
+    uid: int = _UID.unpack_from(buffer)[0]
+    return uid
 
 
 def name_in(body: bytes | memoryview) -> bytes:

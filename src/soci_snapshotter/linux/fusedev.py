@@ -35,9 +35,14 @@ class Connection:
     held: socket | None = field(default=None)
 
     @property
+    def flags(self) -> fusemsg.Init:
+        """The capabilities that were agreed on."""
+        return fusemsg.init_reply_flags(self.init_reply)
+
+    @property
     def can_resend(self) -> bool:
         """Whether another process may take this connection over without losing requests (Linux 6.9)."""
-        return bool(fusemsg.init_reply_flags(self.init_reply) & fusemsg.Init.HAS_RESEND)
+        return bool(self.flags & fusemsg.Init.HAS_RESEND)
 
     def close(self) -> None:
         """Give up the descriptors; the connection lives on if somebody else (the keeper) holds them."""

@@ -100,3 +100,23 @@ def detached_mount(fstype: bytes, settings: dict[bytes, bytes | None], attribute
         return syscalls.fsmount(context, attributes)
     finally:
         os.close(context)
+
+
+def clone(mount_fd: int, path: bytes, clear: int) -> int:
+    """A mount, in no mount table, of the directory `path` in the mount `mount_fd`, without the bits `clear`
+    of its MOUNT_ATTR_*; it lives as long as the returned descriptor, or where attach() puts it.
+
+    Raises OSError: EINVAL where the kernel clones only what is in the mount table (before Linux 6.15).
+    """
+    descriptor = syscalls.open_tree(mount_fd, path)
+    try:
+        syscalls.mount_clear(descriptor, clear)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def attach(mount_fd: int, target: bytes) -> None:
+    """Put a mount that is in no mount table on the directory `target`. Raises OSError."""
+    syscalls.move_mount(mount_fd, target)

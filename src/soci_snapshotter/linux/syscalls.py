@@ -20,6 +20,10 @@ SYS_FSOPEN = 430
 SYS_FSCONFIG = 431
 SYS_FSMOUNT = 432
 SYS_OPENAT2 = 437
+SYS_MOUNT_SETATTR = 442
+
+AT_FDCWD = -100  # include/uapi/linux/fcntl.h
+_AT_EMPTY_PATH = 0x1000
 
 
 def failure(call: str, path: bytes | str | None = None) -> OSError:
@@ -67,6 +71,44 @@ def fsmount(fd: int, attributes: int) -> int:
     """fsmount(2): a close-on-exec descriptor of a mount that is in no mount table."""
     fsmount_cloexec = 1
     return syscall("fsmount", SYS_FSMOUNT, fd, fsmount_cloexec, attributes)
+
+
+def open_tree(directory: int, path: bytes) -> int:
+    """open_tree(2): a close-on-exec descriptor of a new mount, in no mount table, of `path` below `directory`."""
+    clone, cloexec = 1, os.O_CLOEXEC
+    return syscall("open_tree", SYS_OPEN_TREE, directory, path, clone | cloexec)
+
+
+def move_mount(fd: int, target: bytes) -> None:
+    """move_mount(2): put the mount `fd` on the directory `target`."""
+    empty_source = 4
+    syscall("move_mount", SYS_MOVE_MOUNT, fd, b"", AT_FDCWD, target, empty_source)
+
+
+def mount_clear(fd: int, attributes: int) -> None:
+    """mount_setattr(2) (Linux 5.12): take the MOUNT_ATTR_* bits `attributes` off the mount `fd`."""
+    attr = _MountAttr(0, attributes, 0, 0)
+    result: int = _libc.syscall(
+        ctypes.c_long(SYS_MOUNT_SETATTR),
+        ctypes.c_long(fd),
+        ctypes.c_char_p(b""),
+        ctypes.c_long(_AT_EMPTY_PATH),
+        ctypes.byref(attr),
+        ctypes.c_size_t(ctypes.sizeof(attr)),
+    )
+    if result < 0:
+        raise failure("mount_setattr")
+
+
+class _MountAttr(ctypes.Structure):
+    """struct mount_attr (linux/mount.h)."""
+
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
 
 
 class _OpenHow(ctypes.Structure):

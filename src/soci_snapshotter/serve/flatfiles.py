@@ -1,4 +1,4 @@
-"""The FUSE loop: one flat file per lazy layer, in one detached mount.
+"""The FUSE loop: one flat file per lazy layer, and trees of layers (classicfs), in one detached mount.
 
 Reader threads share the ONE descriptor (a clone's requests would fail when its holder dies). They never wait:
 a file that lacks the bytes parks the request and returns None; whoever brings the bytes calls reply(). Two
@@ -24,7 +24,9 @@ from soci_snapshotter.errors import Invalid, SociError
 from soci_snapshotter.formats import fusemsg
 from soci_snapshotter.formats.digest import Buffer
 from soci_snapshotter.formats.fusemsg import IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
+from soci_snapshotter.formats.fusetree import TREE_BIT
 from soci_snapshotter.linux.fusedev import Connection
+from soci_snapshotter.serve.classicfs import Read, Trees
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,10 @@ class FuseServer:
         self._connection = connection
         self._fd = connection.fuse_fd
         self._files: dict[int, FlatFile] = {}
+        self.trees = Trees(self._reader_of)
+        """The layers that the kernel does not mount with EROFS."""
+        # Told once that OPEN is not needed, the kernel saves two of the four requests for a small file.
+        self._answers_open = not connection.flags & fusemsg.Init.NO_OPEN_SUPPORT
         self._opens: dict[int, int] = {}
         self._lock = threading.Lock()  # guards _opens
         self._on_release = on_release
@@ -118,6 +124,51 @@ class FuseServer:
         with self._lock:
             self._opens.pop(node_id, None)
 
+    @property
+    def mount_fd(self) -> int:
+        """The FUSE mount."""
+        return self._connection.mount_fd
+
+    def _reader_of(self, node_id: int) -> Read | None:
+        file = self._files.get(node_id)
+        return None if file is None else file.read
+
+    def node_of(self, path: bytes) -> int | None:
+        """The node id whose path_of() is `path`; None for another file."""
+        prefix = self.path_of(0)[:-1]
+        return int(path[len(prefix) :]) if path.startswith(prefix) else None
+
+    def opened(self, node_id: int) -> None:
+        """Somebody uses a file without a handle of the kernel's on it."""
+        with self._lock:
+            self._opens[node_id] = self._opens.get(node_id, 0) + 1
+
+    def closed(self, node_id: int) -> None:
+        """What opened() was told of has ended. As with the last handle, `on_release` may be called."""
+        self._release(node_id)
+
+    def forget_tree(self, number: int) -> bool:
+        """Make the kernel let go of a tree that is not mounted any more; whether it has no inode of it now.
+
+        What is still in use keeps being served, and another call may have more success. Not for a FUSE thread.
+        """
+        root = self.trees.root_of(number)
+        # From below: a page that is still being fetched holds up its directory only, and not the mount's root.
+        for name in self.trees.top_names(number):
+            self._notify(fusemsg.invalidate_entry(root, name))
+        self._notify(fusemsg.invalidate_entry(fusemsg.ROOT_ID, Trees.name_of(number)))
+        return not self._notify(fusemsg.invalidate_attributes(root))
+
+    def _notify(self, message: bytes) -> bool:
+        """Whether the kernel knew what the message is about."""
+        try:
+            os.write(self._fd, message)
+        except OSError as problem:
+            if problem.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENOTCONN}:
+                raise
+            return False
+        return True
+
     def path_of(self, node_id: int) -> bytes:
         """Where this process (and a mount(2) it makes) finds the file, until the mount descriptor closes."""
         return b"/proc/self/fd/%d/%d" % (self._connection.mount_fd, node_id)
@@ -157,29 +208,50 @@ class FuseServer:
             _, opcode, unique, node, offset, size = peek(buffer)
             if opcode == read_opcode:
                 self._read(unique, node, offset, size)
-            elif not self._other(opcode, unique, node, bytes(buffer[IN_HEADER_SIZE:length])):
+            elif not self._other(
+                opcode, unique, node, fusemsg.uid_in(buffer), bytes(buffer[IN_HEADER_SIZE:length])
+            ):
                 return
 
     def _read(self, unique: int, node: int, offset: int, size: int) -> None:
         file = self._files.get(node)
-        if file is None:
-            self.reply_error(unique, errno.EIO)
-            return
-        left = file.size - offset
         try:
-            data = file.read(unique, offset, size if size <= left else left) if left > 0 else b""
+            if file is not None:
+                left = file.size - offset
+                data = file.read(unique, offset, size if size <= left else left) if left > 0 else b""
+            elif node & TREE_BIT:
+                data = self.trees.read(unique, node, offset, size)
+            else:
+                raise OSError(errno.EIO, "not served any more")
         except (OSError, SociError) as problem:
             self.reply_error(unique, problem.errno or errno.EIO)
         except Exception:
-            _log.exception("reading a flat file failed", extra={"node": node, "offset": offset, "size": size})
+            _log.exception("reading a file failed", extra={"node": node, "offset": offset, "size": size})
             self.reply_error(unique, errno.EIO)
         else:
             if data is not None:
                 self._send(OUT_HEADER.pack(OUT_HEADER_SIZE + len(data), 0, unique), data)
 
-    def _other(self, opcode: int, unique: int, node: int, body: bytes) -> bool:
+    def _of_tree(self, opcode: int, unique: int, node: int, body: bytes, uid: int) -> None:
+        """Answer anything but READ about a file of a tree."""
+        try:
+            answer = self.trees.answer(opcode, node, body, uid=uid, opens=self._answers_open)
+        except (OSError, SociError) as problem:
+            answer = problem.errno or errno.EIO
+        except Exception:
+            _log.exception("serving a layer's tree failed", extra={"node": node, "opcode": opcode})
+            answer = errno.EIO
+        if isinstance(answer, int):
+            self.reply_error(unique, answer)
+        else:
+            self.reply(unique, answer)
+
+    def _other(self, opcode: int, unique: int, node: int, uid: int, body: bytes) -> bool:
         """Answer anything but READ; False when this thread is to end."""
         if opcode in _NO_REPLY:
+            return True
+        if node & TREE_BIT:
+            self._of_tree(opcode, unique, node, body, uid)
             return True
         if opcode == Opcode.LOOKUP:
             name = fusemsg.name_in(body)
@@ -195,6 +267,9 @@ class FuseServer:
             answer = fusemsg.statfs_out()
         elif opcode in {Opcode.RELEASE, Opcode.FLUSH, Opcode.DESTROY}:
             answer = b""
+        elif opcode in {Opcode.GETXATTR, Opcode.LISTXATTR}:  # ENOSYS would hide those of trees as well
+            self.reply_error(unique, errno.ENODATA)
+            return True
         else:
             self.reply_error(unique, errno.ENOSYS)
             return True
@@ -207,6 +282,8 @@ class FuseServer:
         return True
 
     def _lookup(self, parent: int, name: bytes) -> bytes | None:
+        if parent == fusemsg.ROOT_ID and (tree := self.trees.lookup(name)) is not None:
+            return tree
         node = int(name) if name.isdigit() and len(name) < 20 and not name.startswith(b"0") else 0
         file = self._files.get(node)
         if parent != fusemsg.ROOT_ID or file is None:
@@ -222,8 +299,7 @@ class FuseServer:
     def _open(self, node: int) -> bytes | None:
         if node not in self._files:
             return None
-        with self._lock:
-            self._opens[node] = self._opens.get(node, 0) + 1
+        self.opened(node)
         return fusemsg.open_out(node)  # the handle is the node: nothing to remember across a restart
 
     def _release(self, node: int) -> None:
