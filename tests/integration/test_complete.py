@@ -298,6 +298,71 @@ def test_readers_of_a_lie_get_eio() -> None:
                 start(rig)
 
 
+def test_another_ztoc_of_a_complete_layer_needs_no_span(rig: Rig) -> None:
+    """Two images with one layer and two ztocs: the second is complete at once, the registry is asked for no byte of it,
+    and both read right; when the first goes the second stays."""
+    rig.containerd.ctr("images", "rm", "--sync", rig.name("honest"), check=False)
+    below, _ = big_layer(70, files=1, size=512)
+    other, _ = big_layer(71, files=1, size=512)
+    rig.publish("ours", [below, EDGE3])
+    rig.pull("ours")
+    wait_complete(rig, EDGE3)
+    theirs = publish_edge3(rig, "theirs", other, EDGE3.diff_id)
+    rig.pull("theirs")
+    top = rig.daemon.root / "layers" / digests.parse(EDGE3.digest).hex
+    one, two = top.glob("*/data.tar")
+    assert one.stat().st_ino == two.stat().st_ino
+    assert "layer shared" in rig.daemon.log
+    files = edge3_files()
+    rig.containerd.ctr("images", "rm", "--sync", rig.name("ours"))
+    until(lambda: len(list(top.iterdir())) == 1, "the first stayed")
+    with rig.rootfs(theirs, "soci") as root:
+        assert {name: (root / name).read_bytes() for name in files} == files
+
+
+def test_two_namespaces_with_one_claim(rig: Rig) -> None:
+    """Another image that claims the same chain ID, with another layer, in another namespace: while nothing is proven it
+    gets its own bytes, unpacked by containerd; the same image gets the same snapshot."""
+    layer, sums = big_layer(72, files=2)
+    layout = rig.publish("mine", [layer])
+    same, _ = big_layer(72, files=2)
+    again = layer_from_tar(tar_of(same), "python")  # the same tar, another blob
+    assert again.digest != layer.digest and again.diff_id == layer.diff_id
+    rig.publish("yours", [again])
+    rig.pull("mine")
+    before = rig.lazy_layers()
+    pull = ("pull", "--quiet", "--plain-http", "--snapshotter", "soci")
+    assert rig.soci("--namespace", "other", *pull, rig.name("mine")) == 0
+    assert rig.lazy_layers() <= before + 1  # the local mount beside the lazy one, at most
+    assert rig.soci("--namespace", "third", *pull, rig.name("yours")) == 0
+    for name, number in (("mine", "other"), ("yours", "third")):
+        rig.containerd.ctr("images", "rm", "--sync", rig.name(name), namespace=number)
+    with rig.rootfs(layout, "soci") as root:
+        assert {name: sum_of(root / name) for name in sums} == sums
+
+
+@pytest.mark.timeout(180)
+def test_the_quota_empties_layers_without_containers() -> None:
+    """Above max_cache_bytes a layer that no container has gives its bytes back; one that has goes on; the emptied one
+    reads right again."""
+    config = f"{CONFIG}[snapshotter]\nmax_cache_bytes = {9 << 20}\n"
+    with lazy_rig(config) as rig:
+        kept, kept_sums = big_layer(80, files=6)
+        idle, idle_sums = big_layer(81, files=6)
+        kept_layout, idle_layout = rig.publish("kept", [kept]), rig.publish("idle", [idle])
+        rig.pull("kept")
+        with rig.rootfs(kept_layout, "soci") as root:
+            rig.pull("idle")
+            wait_complete(rig, kept)
+            until(lambda: record(rig, idle)["diff_id"], "never complete")
+            until(lambda: not (directory(rig, idle) / "data.tar").exists(), "never emptied", 60)
+            drop_caches()
+            assert {name: sum_of(root / name) for name in kept_sums} == kept_sums
+            assert (directory(rig, kept) / "data.tar").stat().st_blocks * 512 >= 6 << 20
+            with rig.rootfs(idle_layout, "soci") as other:
+                assert {name: sum_of(other / name) for name in idle_sums} == idle_sums
+
+
 def test_removal_returns_the_disk(rig: Rig) -> None:
     """With the image go its mounts, layer directories and ztocs, of complete layers too."""
     layer, _ = big_layer(60, files=6)

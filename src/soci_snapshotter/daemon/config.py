@@ -162,6 +162,8 @@ class SnapshotterConfig(msgspec.Struct, frozen=True):
 
     min_layer_size: int = 0
     allow_invalid_mounts_on_restart: bool = False
+    max_cache_bytes: int = 0
+    """Ours: what layers may take on disk before those that no container has are emptied; 0 for no limit."""
 
 
 class Config(msgspec.Struct, frozen=True):

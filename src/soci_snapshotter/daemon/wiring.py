@@ -110,6 +110,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
                 server=server,
                 mounter=mounter,
                 around=Surroundings(server, pool, options, boot_id(), source, counters),
+                quota=config.snapshotter.max_cache_bytes,
             )
         )
         ours.append(layers)
@@ -144,7 +145,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         layers.attach(snapshotter)
         layers.restore_mounts((number for number, _ in snapshotter.lazy_rows()), fresh=fresh)
         completer = Completer(layers)
-        layers.on_full = completer.submit
+        layers.on_full, layers.on_lie = completer.submit, completer.condemn
         stack.enter_context(completer)
         cleanup = threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True)
         stack.callback(cleanup.join)

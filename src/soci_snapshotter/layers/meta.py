@@ -11,6 +11,7 @@ from soci_snapshotter.errors import Integrity, SociError
 from soci_snapshotter.formats import erofs, tree, ztoc
 from soci_snapshotter.formats.zinfo import span_table
 from soci_snapshotter.layers.inherit import look_up_all, meta_hash, meta_uuid
+from soci_snapshotter.layers.wholecheck import check_whole
 from soci_snapshotter.store.layerfiles import sync_directory
 
 BLOCK = 512  # tar's own block: its offsets are EROFS block addresses (DATA-PLANE.md)
@@ -28,6 +29,10 @@ class MetaRequest(msgspec.Struct, frozen=True):
     """Bytes of the layer blob as its descriptor says; None when nobody said."""
     lowers: tuple[bytes, ...]
     """Directories of the layers below, topmost first; empty for a bottom layer."""
+    whole: str = ""
+    """The complete tar, when it came with another table of contents: every header is held against this one."""
+    whole_size: int = 0
+    """Bytes of it."""
 
 
 class MetaResult(msgspec.Struct, frozen=True):
@@ -61,6 +66,8 @@ def build(request: MetaRequest) -> MetaResult:
         span_table(table, request.layer_size)
         root = tree.build_tree(table.entries)
         size = data_size(table.uncompressed_size)
+        if request.whole:
+            check_whole(table, request.whole, request.whole_size)
         bottom = not request.lowers
         inherited = look_up_all(tree.implicit_directories(root), request.lowers)
         hash_text = meta_hash(inherited, bottom=bottom)

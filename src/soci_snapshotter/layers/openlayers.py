@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +46,7 @@ from soci_snapshotter.store.layerfiles import (
     layer_directory,
     read_record,
     scan,
+    stamp_of,
     sync_directory,
     write_record,
 )
@@ -54,8 +56,8 @@ _log = logging.getLogger(__name__)
 _NODE_BITS = (
     62  # node ids are drawn at random and never used twice: the kernel remembers an inode by its number
 )
-EVICT_SECONDS = 10.0  # between two looks at what the layers take on disk
-IDLE_SECONDS = 60.0  # a layer that was asked for since is about to be used
+EVICT_SECONDS = 5.0  # between two looks at what the layers take on disk
+IDLE_SECONDS = 20.0  # a layer that was asked for since is about to be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +165,14 @@ class OpenLayers:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             layer = known
             try:
+                donor = self._borrow(directory, claim) if known is None else None
                 with measured(self._counters(key).duration("init_metadata_store")):
-                    meta = self._build_meta(key, directory, lowers, layer_size)
+                    meta = self._build_meta(key, directory, lowers, layer_size, donor)
+                if donor is not None and donor.stamp is not None and donor.stamp.size < meta.data_size:
+                    donor = None  # the last block is not whole there; the link is replaced
+                    (directory / "data.tar").unlink()
                 if layer is None:
-                    layer = self._new(key, directory, reference, meta)
+                    layer = self._new(key, directory, reference, meta, donor)
                 layer.save(layer.record.with_source(reference))
                 number = self._shelf.number_for(layer, meta.meta_hash)
             except BaseException:
@@ -288,6 +294,9 @@ class OpenLayers:
     def restore_files(self, *, fresh: bool) -> None:
         """Read every layer on disk and serve its node: before the FUSE server starts, for requests in flight."""
         for directory in scan(self._root):
+            if not (directory / "layer.json").exists():  # a Prepare was interrupted
+                shutil.rmtree(directory, ignore_errors=True)
+                continue
             try:
                 layer = Layer(directory, read_record(directory))
                 if layer.record.complete and not believed(layer):
@@ -351,7 +360,12 @@ class OpenLayers:
         return self._around.counters.layer(str(key.layer))
 
     def _build_meta(
-        self, key: LayerKey, directory: Path, lowers: Sequence[Path], layer_size: int | None
+        self,
+        key: LayerKey,
+        directory: Path,
+        lowers: Sequence[Path],
+        layer_size: int | None,
+        donor: LayerRecord | None,
     ) -> MetaResult:
         return self._workers.build(
             MetaRequest(
@@ -361,10 +375,32 @@ class OpenLayers:
                 directory=str(directory),
                 layer_size=layer_size,
                 lowers=tuple(os.fsencode(lower) for lower in lowers),
+                whole="" if donor is None else str(directory / "data.tar"),
+                whole_size=0 if donor is None else donor.tar_size,
             )
         )
 
-    def _new(self, key: LayerKey, directory: Path, reference: str, meta: MetaResult) -> Layer:
+    def _borrow(self, directory: Path, claim: Claim) -> LayerRecord | None:
+        """Link data.tar of a complete layer that is what `claim` says into `directory`; its record.
+
+        The bytes are proven; the tree stays this ztoc's own, whose every header is compared.
+        """
+        for layer in self._shelf.proven(claim):
+            target = directory / "data.tar"
+            try:
+                target.unlink(missing_ok=True)
+                os.link(layer.data, target)
+            except OSError as error:  # it went meanwhile, or has too many links
+                _log.debug("cannot share", extra={"layer": str(layer.key), "error": str(error)})
+                continue
+            if stamp_of(target.lstat()) == layer.record.stamp:
+                return layer.record
+            target.unlink()
+        return None
+
+    def _new(
+        self, key: LayerKey, directory: Path, reference: str, meta: MetaResult, donor: LayerRecord | None
+    ) -> Layer:
         record = LayerRecord(
             layer_digest=str(key.layer),
             ztoc_digest=str(key.ztoc),
@@ -373,10 +409,23 @@ class OpenLayers:
             sources=(reference,),
             mounts={},
         )
+        if donor is not None:
+            record = msgspec.structs.replace(
+                record,
+                diff_id=donor.diff_id,
+                tar_size=donor.tar_size,
+                stamp=donor.stamp,
+                spans=donor.spans,
+                compressed_size=donor.compressed_size,
+            )
         write_record(directory, record)
         sync_directory(directory.parent)
         layer = Layer(directory, record)
-        self._shelf.serve(layer)
+        if donor is None:
+            self._shelf.serve(layer)
+        else:
+            self.counts["layers_shared"] += 1
+            _log.info("layer shared: its bytes are here already", extra={"layer": str(layer.key)})
         self._shelf.put(layer)
         return layer
 

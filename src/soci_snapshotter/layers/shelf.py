@@ -383,7 +383,7 @@ class Shelf:
 
 def _remove_empty(directory: Path) -> None:
     for name in os.listdir(directory):
-        if name.startswith("meta-"):
+        if name.startswith("meta-") or name == "data.tar":
             (directory / name).unlink()
     try:
         directory.rmdir()
