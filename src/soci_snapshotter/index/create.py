@@ -6,6 +6,7 @@ no trace. Building the same image again with the same options gives the same byt
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ OPTIMIZATIONS = (XATTR,)
 _COMPRESSIONS = {"gzip": Compression.GZIP, "": Compression.UNCOMPRESSED}
 _XATTR_RECORD = b"SCHILY.xattr."
 _OPAQUE = b".wh..wh..opq"
+# Entries looked at at once: 700 bytes each while they are.
+_BATCH = 4096
 
 Known = Callable[[Descriptor, int, str], tuple[Digest, bytes] | None]
 """A ztoc that was made earlier: of a layer, with a span size in bytes, by a build tool; None when there is none."""
@@ -246,7 +249,10 @@ def _describe(layer: Descriptor, built: Built, options: CreateOptions) -> ZtocDe
 
 def _has_xattrs(output: Path) -> bool:
     """True when the layer has an extended attribute, or an opaque directory, which overlayfs makes one of."""
-    return any(
-        entry.name.endswith(_OPAQUE) or any(key.startswith(_XATTR_RECORD) for key, _ in entry.records)
-        for entry in ztocs.decode(output.read_bytes()).entries
-    )
+    with output.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        contents = ztocs.locate_contents(data)
+        return any(
+            entry.name.endswith(_OPAQUE) or any(key.startswith(_XATTR_RECORD) for key, _ in entry.records)
+            for first in range(0, contents.count, _BATCH)
+            for entry in contents.read(data, first, min(first + _BATCH, contents.count))
+        )
