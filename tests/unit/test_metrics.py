@@ -289,3 +289,14 @@ def test_process_metrics_are_there() -> None:
     assert found["process_open_fds"] > 2
     assert found["process_start_time_seconds"] > 1.6e9
     assert found.keys() >= {"process_cpu_seconds", "process_max_fds", "process_virtual_memory_bytes"}
+
+
+def test_failures_without_a_layer_count_for_the_state() -> None:
+    """What the FUSE loop itself had to refuse is shown under an empty layer, and raises the failure state."""
+    events = {"fuse_node_lookup_failure_count": 0}
+    metrics = made(events=events)
+    assert values(metrics, "soci_fs_operation_count")["fuse_failure_state", ""] == 0
+    events["fuse_node_lookup_failure_count"] = 3
+    counts = values(metrics, "soci_fs_operation_count")
+    assert counts["fuse_node_lookup_failure_count", ""] == 3
+    assert counts["fuse_failure_state", ""] == 1

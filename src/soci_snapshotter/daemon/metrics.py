@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from soci_snapshotter.daemon.processmetrics import process_families
 from soci_snapshotter.formats.promtext import Family, encode
 from soci_snapshotter.policy.counters import (
+    FUSE_FAILURES,
     MICROSECONDS,
     MILLISECONDS,
     PRIORITIES,
@@ -132,14 +133,17 @@ class Metrics:
         )
         whole = dict.fromkeys(ALWAYS, 0)
         whole["background_fetch_work_queue_evicted"] = self._sources.background().evicted
-        whole.update(self._sources.events())
+        events = self._sources.events()
+        whole.update(events)
         for digest, layer in counters.items():
             for operation, value in _counts_of(layer):
                 if digest:
                     family.add(value, operation_type=operation, layer=digest)
                 else:
                     whole[operation] = whole.get(operation, 0) + value
-        whole["fuse_failure_state"] = self._failed(sum(layer.reads.failed for layer in counters.values()))
+        failures = sum(layer.reads.failed for layer in counters.values())
+        failures += sum(events.get(name, 0) for name in FUSE_FAILURES)
+        whole["fuse_failure_state"] = self._failed(failures)
         for operation, value in whole.items():
             family.add(value, operation_type=operation, layer="")
         return family

@@ -158,6 +158,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             background_enabled=not off,
             pool=pool,
             events=lambda: {
+                **server.failures,
                 "prefetch_artifacts": prefetcher.artifacts,
                 "prefetch_failures": prefetcher.failures,
             },

@@ -17,6 +17,17 @@ MICROSECONDS = tuple(1 << power for power in range(11))
 PRIORITIES = ("demand", "ahead", "listed", "guess", "background")
 """What `Flights` counts separately: the names of layers.pool.Priority, most urgent first."""
 
+FUSE_FAILURES = (
+    "fuse_file_read_failure_count",
+    "fuse_node_getattr_failure_count",
+    "fuse_node_listxattr_failure_count",
+    "fuse_node_lookup_failure_count",
+    "fuse_node_open_failure_count",
+    "fuse_node_readdir_failure_count",
+    "fuse_unknown_operation_failure_count",
+)
+"""Requests of the kernel that got an error they should not have: the Go daemon's names, as far as they happen here."""
+
 _SLOTS = 48  # a wait of 2**47 us is 4 years
 
 MAX_LAYERS = 4096

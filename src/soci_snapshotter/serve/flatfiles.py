@@ -26,6 +26,7 @@ from soci_snapshotter.formats.digest import Buffer
 from soci_snapshotter.formats.fusemsg import IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
 from soci_snapshotter.formats.fusetree import TREE_BIT
 from soci_snapshotter.linux.fusedev import Connection
+from soci_snapshotter.policy.counters import FUSE_FAILURES
 from soci_snapshotter.serve.classicfs import Read, Trees
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,15 @@ FIRST_NODE = 16  # below are the root (1) and room for nodes of our own
 FILE_MODE = stat.S_IFREG | 0o400
 ROOT_MODE = stat.S_IFDIR | 0o500
 _END = b"end"  # no decimal number, hence never a file
+_FAILURES = {
+    Opcode.READ: "fuse_file_read_failure_count",
+    Opcode.GETATTR: "fuse_node_getattr_failure_count",
+    Opcode.LISTXATTR: "fuse_node_listxattr_failure_count",
+    Opcode.LOOKUP: "fuse_node_lookup_failure_count",
+    Opcode.OPEN: "fuse_node_open_failure_count",
+    Opcode.READDIR: "fuse_node_readdir_failure_count",
+    Opcode.READDIRPLUS: "fuse_node_readdir_failure_count",
+}
 _NO_REPLY = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
 
 
@@ -72,6 +82,8 @@ class FuseServer:
         # Told once that OPEN is not needed, the kernel saves two of the four requests for a small file.
         self._answers_open = not connection.flags & fusemsg.Init.NO_OPEN_SUPPORT
         self._opens: dict[int, int] = {}
+        self.failures = dict.fromkeys(FUSE_FAILURES, 0)
+        """Requests that failed at once; those that were parked are counted by whoever answers them."""
         self._lock = threading.Lock()  # guards _opens
         self._on_release = on_release
         self._ending = False
@@ -224,22 +236,29 @@ class FuseServer:
             else:
                 raise OSError(errno.EIO, "not served any more")
         except (OSError, SociError) as problem:
+            self._failed(Opcode.READ)
             self.reply_error(unique, problem.errno or errno.EIO)
         except Exception:
             _log.exception("reading a file failed", extra={"node": node, "offset": offset, "size": size})
+            self._failed(Opcode.READ)
             self.reply_error(unique, errno.EIO)
         else:
             if data is not None:
                 self._send(OUT_HEADER.pack(OUT_HEADER_SIZE + len(data), 0, unique), data)
+
+    def _failed(self, opcode: int) -> None:
+        self.failures[_FAILURES.get(opcode, FUSE_FAILURES[-1])] += 1
 
     def _of_tree(self, opcode: int, unique: int, node: int, body: bytes, uid: int) -> None:
         """Answer anything but READ about a file of a tree."""
         try:
             answer = self.trees.answer(opcode, node, body, uid=uid, opens=self._answers_open)
         except (OSError, SociError) as problem:
+            self._failed(opcode)
             answer = problem.errno or errno.EIO
         except Exception:
             _log.exception("serving a layer's tree failed", extra={"node": node, "opcode": opcode})
+            self._failed(opcode)
             answer = errno.EIO
         if isinstance(answer, int):
             self.reply_error(unique, answer)
