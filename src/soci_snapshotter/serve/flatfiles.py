@@ -35,7 +35,7 @@ FIRST_NODE = 16  # below are the root (1) and room for nodes of our own
 FILE_MODE = stat.S_IFREG | 0o400
 ROOT_MODE = stat.S_IFDIR | 0o500
 _END = b"end"  # no decimal number, hence never a file
-_FAILURES = {
+_FAILURES: dict[int, str] = {
     Opcode.READ: "fuse_file_read_failure_count",
     Opcode.GETATTR: "fuse_node_getattr_failure_count",
     Opcode.LISTXATTR: "fuse_node_listxattr_failure_count",
