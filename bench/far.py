@@ -1,11 +1,13 @@
 """A registry 10 ms and 500 Mbit/s away, and what of a lazy layer is here: for the benches over such a link."""
 
+import contextlib
 import http.client
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.proxy import Link, Proxy
+from harness.treework import treework
 
 from bench.bulk import Blob
 from bench.node import OURS, Node
@@ -95,11 +97,18 @@ class LazyLayer:
 
 def read_place(root: Path, place: Place) -> float:
     """Seconds of opening the file and reading those 4 KiB."""
-    started = time.monotonic()
-    with open(root / place.name, "rb", buffering=0) as file:
-        file.seek(place.offset)
-        got = file.read(4096)
-    took = time.monotonic() - started
-    if got is None or len(got) != 4096:
-        raise RuntimeError(f"{place}: a short read")
-    return took
+    return treework("one", root, place.offset, names=place.name.encode() + b"\0").seconds
+
+
+def plain_ranges(proxy: Proxy, repository: str, blob: Blob, sizes: list[int]) -> list[float]:
+    """Seconds of a GET of so many bytes each, over a connection that is kept open: what nobody can do without."""
+    took = []
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", proxy.port)) as connection:
+        for number, size in enumerate(sizes):
+            first = number * size
+            started = time.monotonic()
+            path = f"/v2/{repository}/blobs/{blob.digest}"
+            connection.request("GET", path, headers={"Range": f"bytes={first}-{first + size - 1}"})
+            connection.getresponse().read()
+            took.append(time.monotonic() - started)
+    return took[1:] or took

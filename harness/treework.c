@@ -5,6 +5,7 @@
  *   treework stat DIR                the same with fstatat(2) of every entry
  *   treework read DIR [KIB] <LIST    open, read to the end, close each path of the NUL-terminated list
  *   treework random DIR COUNT <LIST  COUNT reads of 4 KiB at random places of the list's files
+ *   treework one DIR OFFSET <LIST    one read of 4 KiB there, of the list's only file
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -103,6 +104,14 @@ static void read_random(int dir, const char *list, size_t size, long count) {
     }
 }
 
+static void read_one(int dir, const char *path, long offset) {
+    char buffer[4096];
+    int fd = open_below(dir, path);
+    ssize_t got = pread(fd, buffer, sizeof buffer, offset);
+    if (got != sizeof buffer) err(1, "pread");
+    things++, bytes += got;
+}
+
 static char *read_list(size_t *size) {
     size_t room = 1 << 20, used = 0;
     char *list = malloc(room);
@@ -115,17 +124,18 @@ static char *read_list(size_t *size) {
 }
 
 int main(int argc, char **argv) {
-    if (argc < 3) errx(2, "usage: treework walk|stat|read|random DIR [N]");
+    if (argc < 3) errx(2, "usage: treework walk|stat|read|random|one DIR [N]");
     const char *what = argv[1];
     long number = argc > 3 ? atol(argv[3]) : 128;
     size_t size = 0;
-    char *list = *what == 'r' ? read_list(&size) : NULL;
+    char *list = *what == 'r' || *what == 'o' ? read_list(&size) : NULL;
     double started = now();
     int dir = open(argv[2], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (dir < 0) err(1, "%s", argv[2]);
     if (!strcmp(what, "walk") || !strcmp(what, "stat")) walk(dir, *what == 's');
     else if (!strcmp(what, "read")) read_files(dir, list, size, (size_t)number << 10);
     else if (!strcmp(what, "random")) read_random(dir, list, size, number);
+    else if (!strcmp(what, "one")) read_one(dir, list, number);
     else errx(2, "%s: no such work", what);
     printf("%.6f %llu %llu\n", now() - started, (unsigned long long)things, (unsigned long long)bytes);
     return 0;

@@ -20,7 +20,7 @@ class Work:
 
 
 def treework(what: str, root: Path, *numbers: int, names: bytes = b"") -> Work:
-    """Walk, stat, read or random below `root`; `names` are NUL-terminated paths relative to it, for the last two."""
+    """Walk, stat, read, random or one below `root`; `names` are NUL-terminated paths relative to it, for the reads."""
     command = [str(_program()), what, str(root), *map(str, numbers)]
     done = subprocess.run(command, input=names, capture_output=True, check=False)
     if done.returncode:
