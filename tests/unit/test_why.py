@@ -278,3 +278,12 @@ def test_the_media_types_are_what_the_names_say() -> None:
     """The vectors hold a v1 and a v2 index, or the tests above prove less than they claim."""
     assert sociindex.decode(INDEX).version == 1
     assert sociindex.decode(V2_INDEX).version == 2
+
+
+def test_min_layer_size_of_the_daemon() -> None:
+    """A layer with a ztoc that [snapshotter] min_layer_size leaves to containerd: that is what the answer says."""
+    shelf = Shelf(*DOCUMENTS, ZTOC, tagged=CONVERTED)
+    (layer,) = why(shelf).layers
+    assert why(shelf, Modes(min_layer_size=layer.size), quick=True).lazy
+    (small,) = why(shelf, Modes(min_layer_size=layer.size + 1)).layers
+    assert small.why is not None and "min_layer_size" in small.why

@@ -57,7 +57,11 @@ def why_command(
     explicit = digests.parse(soci_index_digest) if soci_index_digest else None
     wanted = parse_platform(platform) if platform else host_platform()
     loaded, _ = configs.load(config)
-    modes = Modes(v1=loaded.pull_modes.soci_v1.enable, v2=loaded.pull_modes.soci_v2.enable)
+    modes = Modes(
+        v1=loaded.pull_modes.soci_v1.enable,
+        v2=loaded.pull_modes.soci_v2.enable,
+        min_layer_size=loaded.snapshotter.min_layer_size,
+    )
     with open_registry(registry, reference) as client:
         answer = explain(client, reference, wanted, modes, explicit=explicit, quick=quick)
     if as_json:

@@ -44,6 +44,7 @@ _log = logging.getLogger(__name__)
 
 SIZE_LABEL = "containerd.io/snapshot/remote/soci.size"
 _DIGITS = 20  # beyond 64 bits it is no size
+_MANIFESTS = 8  # images whose layers come at the same time
 SYNC_SECONDS = 30.0
 SYNC_BYTES = 64 << 20  # how much a power loss may cost: fetched again, never wrong (HOUSE.md, Durability)
 _LOOK_SECONDS = 1.0
@@ -72,6 +73,7 @@ class Lazy:
         self._content = content
         self._prefetcher = prefetcher
         self._turns = Turns()
+        self._manifests: dict[Digest, oci.Manifest] = {}
 
     def prepare(self, request: LazyRequest) -> LazyLayer | Declined:
         """Mount the layer of `request`. A SociError or OSError means it could not be; nothing is left of the try."""
@@ -90,8 +92,10 @@ class Lazy:
     def _prepare(self, request: LazyRequest) -> LazyLayer | Declined:
         reference = references.parse(request.image_ref)
         layer = digests.parse(request.layer_digest)
-        size = _stated_size(request)
         index = self._index(request, reference)
+        size = _stated_size(request)
+        if size is None and self._min_layer_size and index is not None:
+            size = self._size(reference, digests.parse(request.manifest_digest), layer)
         ztoc = ztoc_of(index, layer, size, self._min_layer_size)
         if isinstance(ztoc, Declined):
             return ztoc
@@ -170,12 +174,28 @@ class Lazy:
             return None, {}
         return replace(claim, diff_id=diff_id), {DIFF_ID: diff_id}
 
+    def _size(self, reference: Reference, digest: Digest, layer: str) -> int | None:
+        """Bytes of the layer's blob, as the image's manifest says."""
+        layers = self._manifest(reference, digest).layers
+        return next((descriptor.size for descriptor in layers if descriptor.digest == layer), None)
+
+    def _manifest(self, reference: Reference, digest: Digest) -> oci.Manifest:
+        """The image's manifest, asked for once by however many layers."""
+        with self._turns.turn(digest):
+            known = self._manifests.get(digest)
+            if known is None:
+                described = self._client.resolve(reference.with_digest(digest))
+                fetched = oci.decode_manifest(self._client.fetch(reference, described, oci.MANIFEST_LIMIT))
+                if not isinstance(fetched, oci.Manifest):
+                    raise Integrity(f"{reference}: {digest} is an index, not the manifest of an image")
+                known = self._manifests[digest] = fetched
+                for old in list(self._manifests)[:-_MANIFESTS]:
+                    self._manifests.pop(old, None)
+            return known
+
     def _diff_id(self, reference: Reference, digest: Digest, layer: str) -> str | None:
         """The DiffID that the image's config gives the layer, None when it gives none, or several."""
-        described = self._client.resolve(reference.with_digest(digest))
-        manifest = oci.decode_manifest(self._client.fetch(reference, described, oci.MANIFEST_LIMIT))
-        if not isinstance(manifest, oci.Manifest):
-            raise Integrity(f"{reference}: {digest} is an index, not the manifest of an image")
+        manifest = self._manifest(reference, digest)
         config = oci.decode_config(self._client.fetch(reference, manifest.config, oci.CONFIG_LIMIT))
         if len(config.diff_ids) != len(manifest.layers):
             return None

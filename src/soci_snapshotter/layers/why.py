@@ -36,10 +36,11 @@ _USUAL_MIN_LAYER_SIZE = 10 << 20
 
 @dataclass(frozen=True, slots=True)
 class Modes:
-    """[pull_modes] of the daemon's configuration."""
+    """[pull_modes] of the daemon's configuration, and [snapshotter] min_layer_size (bytes)."""
 
     v1: bool = False
     v2: bool = True
+    min_layer_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,7 @@ class _Layers:
         self._client = client
         self._reference = reference
         self._image = image
+        self._min_layer_size = modes.min_layer_size
         self._options = prepare.Options(discover=modes.v1 or modes.v2)
         self._index = index
         self._scratch = scratch
@@ -245,7 +247,7 @@ class _Layers:
         decision = prepare.decide("", self._labels(layer, target), namespace="any", options=self._options)
         if isinstance(decision, prepare.Defer):
             return replace(answer, why=decision.reason)
-        chosen = ztoc_of(self._index, layer.digest)
+        chosen = ztoc_of(self._index, layer.digest, layer.size, self._min_layer_size)
         if isinstance(chosen, Declined):
             return replace(answer, why=_why_without(self._index, layer, chosen))
         span = chosen.annotations.get(sociindex.SPAN_SIZE, "")
@@ -299,7 +301,7 @@ class _Layers:
 
 def _why_without(index: SociIndex | None, layer: Descriptor, declined: Declined) -> str:
     """A layer without a ztoc: the daemon's reason, and the likely cause."""
-    if index is None:
+    if index is None or index.ztoc_for(layer.digest) is not None:
         return declined.reason
     compression = oci.layer_compression(layer.media_type)
     if oci.is_nondistributable(layer.media_type):

@@ -88,10 +88,10 @@ def ztoc_of(
     `size`: bytes of the layer, None when nobody said; `min_size`: below it a layer is not worth a mount
     ([snapshotter] min_layer_size).
     """
-    if size is not None and size < min_size:
-        return Declined(f"the layer has {size} bytes, less than min_layer_size {min_size}")
     if index is None:
         return Declined("no valid SOCI index found")
+    if size is not None and size < min_size:
+        return Declined(f"the layer has {size} bytes, less than [snapshotter] min_layer_size {min_size}")
     ztoc = index.ztoc_for(layer)
     if ztoc is None:
         return Declined(f"the SOCI index has no ztoc for layer {layer}")
