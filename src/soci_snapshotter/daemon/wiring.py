@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -93,13 +94,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         ours: list[OpenLayers] = []
         server = FuseServer(connection, on_release=lambda node: _released(releases, ours, node))
 
-        def source(record: LayerRecord, size: int) -> RangeSource:
-            if not record.sources:
-                raise Integrity(f"layer {record.layer_digest}: no source is known")
-            reference = references.parse(record.sources[0])
-            layer = digests.parse(record.layer_digest)
-            return BlobReader(client, connections, reference, layer, size, counters.layer(str(layer)))
-
+        source = partial(_source, client, connections, counters)
         mounter = LayerMounts(stack_kind, root / "m", server, address.parent / "trees")
         options = ReadOptions(float(config.blob.fetching_timeout_sec or 300))
         layers = stack.enter_context(
@@ -126,22 +121,9 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         )
         prefetcher = stack.enter_context(Prefetcher(client, enabled=config.prefetch.enable))
         resolver = _resolver(config, client, counters)
-        snapshotter = stack.enter_context(
-            Snapshotter(
-                os.fsencode(root / "snapshotter"),
-                lazy=Lazy(
-                    layers,
-                    resolver,
-                    client,
-                    content,
-                    prefetcher,
-                    min_layer_size=config.snapshotter.min_layer_size,
-                    counters=counters,
-                ),
-                options=PrepareOptions(discover=resolver.discovers),
-                overlay_options=overlay_options(),
-            )
-        )
+        smallest = config.snapshotter.min_layer_size
+        lazy = Lazy(layers, resolver, client, content, prefetcher, min_layer_size=smallest, counters=counters)
+        snapshotter = stack.enter_context(_snapshotter(root, lazy, discover=resolver.discovers))
         layers.attach(snapshotter)
         layers.restore_mounts((number for number, _ in snapshotter.lazy_rows()), fresh=fresh)
         completer = Completer(layers)
@@ -176,6 +158,26 @@ def _make_directories(*directories: Path) -> None:
             raise ConfigError(
                 f"{directory}: {error.strerror}; run as root, or choose --root and --address"
             ) from None
+
+
+def _source(
+    client: RegistryClient, connections: ConnectionPool, counters: Counters, record: LayerRecord, size: int
+) -> RangeSource:
+    """Where a layer's bytes come from; `size` is the blob's."""
+    if not record.sources:
+        raise Integrity(f"layer {record.layer_digest}: no source is known")
+    reference = references.parse(record.sources[0])
+    layer = digests.parse(record.layer_digest)
+    return BlobReader(client, connections, reference, layer, size, counters.layer(str(layer)))
+
+
+def _snapshotter(root: Path, lazy: Lazy, *, discover: bool) -> Snapshotter:
+    return Snapshotter(
+        os.fsencode(root / "snapshotter"),
+        lazy=lazy,
+        options=PrepareOptions(discover=discover),
+        overlay_options=overlay_options(),
+    )
 
 
 def _resolver(config: Config, client: RegistryClient, counters: Counters) -> IndexResolver:
