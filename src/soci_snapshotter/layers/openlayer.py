@@ -18,6 +18,8 @@ from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import ztoc
 from soci_snapshotter.formats.digest import Digest, parse
 from soci_snapshotter.formats.zinfo import SpanTable, span_table
+from soci_snapshotter.formats.ztoc import Contents
+from soci_snapshotter.layers.checking import HeaderCheck
 from soci_snapshotter.layers.meta import data_size
 from soci_snapshotter.layers.pool import FlightPool
 from soci_snapshotter.layers.reader import LayerReader, RangeSource, ReadOptions, Replies
@@ -77,17 +79,18 @@ class OpenLayer:
         self.record = record
         self.key = LayerKey(parse(record.layer_digest), parse(record.ztoc_digest))
         self._around = around
-        self._on_lie = on_lie
         self._windows_fd = os.open(ztoc_path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             counters = around.counters.layer(record.layer_digest)
             with measured(counters.duration("ztoc_unmarshal")):
-                self.spans, self.compressed_size = _read_spans(self._windows_fd, record)
+                self.spans, self.compressed_size, contents = _read_ztoc(self._windows_fd, record)
             check_sizes(self.spans)
             self.files = SpanFile(directory, len(self.spans), record.data_size, around.boot)
         except BaseException:
             os.close(self._windows_fd)
             raise
+        name = f"ztoc {record.ztoc_digest} does not describe layer {record.layer_digest}"
+        headers = HeaderCheck(name, self._windows_fd, contents, self.spans, self.files)
         self.reader = LayerReader(
             name=record.layer_digest,
             spans=self.spans,
@@ -97,7 +100,9 @@ class OpenLayer:
             replies=around.replies,
             pool=around.pool,
             options=around.options,
+            headers=headers if around.options.verify else None,
             on_complete=on_complete,
+            on_lie=on_lie,
             counters=counters,
         )
 
@@ -244,8 +249,11 @@ class Layer:
         return total, inodes
 
 
-def _read_spans(fd: int, record: LayerRecord) -> tuple[SpanTable, int]:
-    """The span table, without reading the windows: only the pages that hold checkpoint heads are touched."""
+def _read_ztoc(fd: int, record: LayerRecord) -> tuple[SpanTable, int, Contents]:
+    """The span table, the blob's size, and where the table of contents is.
+
+    Windows and entries are not read: only the pages that hold checkpoint heads are touched.
+    """
     if os.fstat(fd).st_size == 0:
         raise Integrity(f"layer {record.layer_digest}: its ztoc {record.ztoc_digest} is an empty file")
     with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as view:
@@ -256,7 +264,7 @@ def _read_spans(fd: int, record: LayerRecord) -> tuple[SpanTable, int]:
                 raise Integrity(
                     f"layer {record.layer_digest}: its record and its ztoc differ about the tar's size"
                 )
-            return span_table(table), table.compressed_size
+            return span_table(table), table.compressed_size, ztoc.locate_contents(data)
         finally:
             if isinstance(table.checkpoints, memoryview):
                 table.checkpoints.release()

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from soci_snapshotter.errors import Integrity, SociError
+from soci_snapshotter.errors import Condemned, Integrity, SociError
 from soci_snapshotter.formats.digest import Buffer
 from soci_snapshotter.formats.prefetch import SpanRange, normalize
 from soci_snapshotter.formats.zinfo import SpanTable
+from soci_snapshotter.layers.checking import HeaderCheck
 from soci_snapshotter.layers.flight import Flight, Hold
 from soci_snapshotter.layers.pool import FlightPool, Priority
 from soci_snapshotter.layers.spandecode import SpanIntake
@@ -71,6 +72,8 @@ class ReadOptions:
     """A flight's whole life, queue included ([blob] fetching_timeout_sec); then its readers get EIO."""
     ahead: bool = True
     """Whether what is likely to be read next is fetched before it is."""
+    verify: bool = True
+    """Whether tar headers are held against the table of contents; spans are held against their digests always."""
 
 
 class _Parked:
@@ -104,7 +107,9 @@ class LayerReader:
         replies: Replies,
         pool: FlightPool,
         options: ReadOptions,
+        headers: HeaderCheck | None = None,
         on_complete: Callable[[], None] | None = None,
+        on_lie: Callable[[str], None] | None = None,
         counters: LayerCounters | None = None,
     ) -> None:
         """`name` is for the log (layer digest); `windows_fd` is the ztoc file, whose windows are pread when needed.
@@ -112,6 +117,9 @@ class LayerReader:
         `on_complete` is called, on a flight's thread with the files open, when the last missing span has landed: once,
         and once more each time that marks were taken back (`files.epoch` rose) and all have come again. It must be
         quick. Whoever opens a layer that has all its spans already is not told.
+
+        `headers` checks tar headers as spans arrive. `on_lie` is called once, likewise, with what it found wrong: every
+        read has failed since, and does for as long as this object lives.
         """
         self.name = name
         self.size = files.data_size
@@ -123,7 +131,10 @@ class LayerReader:
         self._replies = replies
         self._pool = pool
         self._options = options
+        self._headers = headers
         self._on_complete = on_complete
+        self._on_lie = on_lie
+        self._lie = ""
         self._told = -1  # the epoch that on_complete was called in
         self._lock = threading.Lock()
         self._flights = 0
@@ -144,6 +155,9 @@ class LayerReader:
     def read(self, unique: int, offset: int, size: int) -> Buffer | None:
         """The bytes, or None when the request was parked; then `replies` hears of `unique` later. Never blocks."""
         started = time.monotonic_ns()
+        if self._lie:
+            self._reads.refused()
+            raise OSError(errno.EIO, self._lie)
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
@@ -277,6 +291,9 @@ class LayerReader:
         live = self._files.live
         self.touched = time.monotonic()
         with self._lock:
+            if self._lie:
+                self._reads.refused()
+                raise OSError(errno.EIO, self._lie)
             missing = [span for span in wanted if not live[span]]
             if not missing:
                 return None
@@ -365,8 +382,9 @@ class LayerReader:
         span, retries = run.first, 0
         failure: BaseException | None = None
         while span <= run.last:
+            landed = partial(self._landed, flight)
             intake = SpanIntake(
-                self._spans, self._files, self._windows_fd, span, run.last, partial(self._landed, flight)
+                self._spans, self._files, self._windows_fd, span, run.last, landed, self._headers
             )
             flight.at, flight.received = span, intake.byte_range[0]
             try:
@@ -376,6 +394,9 @@ class LayerReader:
                 self.source.read_range(*intake.byte_range, sink, deadline)
                 intake.finish()
                 return failure
+            except Condemned as error:
+                self._condemn(str(error))
+                return error
             except Integrity as error:
                 span, retries = intake.span, retries + 1 if intake.span == span else 1
                 if retries > SPAN_RETRIES:
@@ -392,7 +413,7 @@ class LayerReader:
 
     def _take(self, flight: Flight, intake: SpanIntake, hold: Hold | None, piece: memoryview) -> None:
         """The sink of a flight: runs once for each piece."""
-        if self._retired is not None and not self._waiting:
+        if (self._retired is not None and not self._waiting) or self._lie:
             raise _Dropped(errno.EIO, "the layer was dropped")
         flight.received += len(piece)
         if flight.priority < Priority.GUESS:
@@ -448,6 +469,25 @@ class LayerReader:
             self._on_complete()
         except Exception:
             _log.exception("completing a layer failed", extra={"layer": self.name})
+
+    def _condemn(self, lie: str) -> None:
+        """The table of contents was proven wrong: EIO to everybody who waits or comes later; no flight starts."""
+        with self._lock:
+            if self._lie:
+                return
+            self._lie = lie
+            if self._retired is None:
+                self._retired = lambda: None  # whoever closes the files replaces it
+            lost = {parked for queue in self._waiting.values() for parked in queue if parked.missing > 0}
+            for parked in lost:
+                parked.missing = -1
+            self._waiting.clear()
+            self._owners.clear()
+        for parked in lost:
+            self._reads.refused()
+            self._replies.reply_error(parked.unique, errno.EIO)
+        if self._on_lie is not None:
+            self._on_lie(lie)
 
     def _failed(self, flight: Flight, spans: Iterable[int], error: BaseException) -> None:
         """Give up those of `spans` that are still `flight`'s.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from soci_snapshotter.errors import Integrity, Unsupported
 from soci_snapshotter.formats.digest import Buffer
 from soci_snapshotter.formats.zinfo import WINDOW, SpanTable
+from soci_snapshotter.layers.checking import HeaderCheck
 from soci_snapshotter.linux.inflate import decode_span
 from soci_snapshotter.store.layerfiles import SpanFile
 
@@ -41,7 +43,9 @@ class SpanIntake:
         first: int,
         last: int,
         landed: Callable[[int], None],
+        headers: HeaderCheck | None = None,
     ) -> None:
+        """`headers`: None when tar headers are not to be checked."""
         self.span = first
         """The span being received; last + 1 at the end. On Integrity: the one at fault."""
         self._spans = spans
@@ -49,6 +53,7 @@ class SpanIntake:
         self._windows_fd = windows_fd
         self._last = last
         self._landed = landed
+        self._headers = headers
         self._buffer = (
             bytearray()
         )  # as long as the longest span so far; `_held` bytes of the current one are in it
@@ -61,7 +66,9 @@ class SpanIntake:
         return self._start, self._spans.compressed_range(self._last)[1]
 
     def feed(self, chunk: memoryview) -> None:
-        """Take the next bytes. Raises Integrity for a span that is not what its digest says, OSError from the disk."""
+        """Take the next bytes. Raises Integrity for a span that is not what its digest says, Condemned for
+        one whose tar headers are not what the table of contents says, OSError from the disk.
+        """
         while len(chunk) and self.span <= self._last:
             count = min(len(chunk), self._size - self._held)
             self._put(chunk[:count])
@@ -112,6 +119,7 @@ class SpanIntake:
         window = None if position is None else os.pread(self._windows_fd, WINDOW, position)
         if window is not None and len(window) != WINDOW:
             raise Integrity(f"span {span}: the ztoc file ends inside its window")
-        data = memoryview(decode_span(spans, span, fetched, window))
+        data = decode_span(spans, span, fetched, window)
         # The last span goes on behind the tar's end blocks, to the end of the stream: that belongs to the DiffID.
-        self._files.write(span, spans.uncompressed_range(span)[0], data)
+        with self._headers.arriving(span, data) if self._headers else nullcontext():
+            self._files.write(span, spans.uncompressed_range(span)[0], memoryview(data))
