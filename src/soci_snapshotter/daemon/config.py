@@ -174,6 +174,7 @@ class Config(msgspec.Struct, frozen=True):
     resolve_result_entry: int = 0
     debug: bool = False
     disable_verification: bool = False
+    """Tar headers are not compared with the table of contents. Digests of spans and layers always are."""
     max_concurrency: int = 100
     no_prometheus: bool = False
     mount_timeout_sec: int = 30
@@ -208,7 +209,6 @@ _NOT_YET = (
     ("pull_modes.parallel_pull_unpack.enable", lambda c: c.pull_modes.parallel_pull_unpack.enable),
     ("resolver.host", lambda c: bool(c.resolver.host)),
     ("snapshotter.min_layer_size", lambda c: bool(c.snapshotter.min_layer_size)),
-    ("disable_verification", lambda c: c.disable_verification),
     ('content_store.type = "containerd"', lambda c: c.content_store.type == "containerd"),
 )
 

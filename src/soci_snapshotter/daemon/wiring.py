@@ -96,7 +96,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
 
         source = partial(_source, client, connections, counters)
         mounter = LayerMounts(stack_kind, root / "m", server, address.parent / "trees")
-        options = ReadOptions(float(config.blob.fetching_timeout_sec or 300))
+        options = _read_options(config)
         layers = stack.enter_context(
             OpenLayers(
                 root,
@@ -226,3 +226,12 @@ def _registry_options(config: Config) -> Options:
             max_wait=(blob.max_wait_msec or http.MaxWaitMsec or 300_000) / 1000,
         ),
     )
+
+
+def _read_options(config: Config) -> ReadOptions:
+    if config.disable_verification:
+        _log.warning(
+            "disable_verification is set: tar headers are not compared with tables of contents; "
+            "digests are checked all the same"
+        )
+    return ReadOptions(float(config.blob.fetching_timeout_sec or 300), verify=not config.disable_verification)
