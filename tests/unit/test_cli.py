@@ -88,6 +88,7 @@ def test_each_kind_of_error_has_its_exit_code() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     codes = {kind.__name__: kind.exit_code for kind in kinds if issubclass(kind, errors.SociError)}
     assert codes.pop("SociError") == codes.pop("Invalid") == 1
+    assert codes.pop("Condemned") == codes["Integrity"]  # a kind of it
     listed = dict(re.findall(r"^ +(\d+)  (.+)$", soci.epilog or "", re.MULTILINE))
     assert len(set(codes.values())) == len(codes)
     assert {str(code) for code in codes.values()} | {"0", "1", "3", "10", "130", "143"} == set(listed)
