@@ -606,3 +606,39 @@ def test_demand_goes_before_what_is_only_likely() -> None:
         while len(order) < 4 and time.monotonic() < end:
             time.sleep(0.01)
     assert order == ["demand", "ahead 0", "ahead 1", "ahead 2"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_takes_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """Readers get the verified bytes, also over several spans of which some are kept; nothing is marked; one log line;
+    when there is room again spans are kept again."""
+    bench.source.gate.set()
+    start = bench.spans.uncompressed_range(2)[0] + 100
+    end = bench.spans.uncompressed_range(4)[1] - 100
+    real = os.pwrite
+
+    def full(fd: int, data: Buffer, offset: int) -> int:
+        if fd == bench.files.fd and offset >= bench.spans.uncompressed_range(3)[0]:
+            raise OSError(code, "no room")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for unique in (1, 2):
+        assert bench.reader.read(unique, start, end - start) is None
+        bench.kernel.wait(unique)
+        assert bench.kernel.answers[unique] == TAR[start:end]
+    until(lambda: not bench.reader.flying)
+    assert list(bench.files.live[2:5]) == [1, 0, 0]
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "the disk takes no spans: they are served without being kept until it does"
+    ]
+    bench.reader.fetch_ahead([6])  # nobody waits: given up, and nothing is marked
+    until(lambda: not bench.reader.flying)
+    assert not bench.files.live[6]
+    monkeypatch.setattr(os, "pwrite", real)
+    assert bench.reader.read(3, start, end - start) is None
+    bench.kernel.wait(3)
+    assert bench.kernel.answers[3] == TAR[start:end]
+    assert list(bench.files.live[2:5]) == [1, 1, 1]

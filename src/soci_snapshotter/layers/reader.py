@@ -79,7 +79,7 @@ class ReadOptions:
 class _Parked:
     """One FUSE request and how many of its spans are still missing."""
 
-    __slots__ = ("missing", "offset", "size", "started", "unique")
+    __slots__ = ("kept", "missing", "offset", "size", "started", "unique")
 
     def __init__(self, unique: int, offset: int, size: int, missing: int) -> None:
         self.started = time.monotonic_ns()
@@ -87,6 +87,23 @@ class _Parked:
         self.offset = offset
         self.size = size
         self.missing = missing
+        self.kept: list[tuple[int, bytes]] = []  # what the disk did not take: position in the request, bytes
+
+    def keep(self, begin: int, data: memoryview) -> None:
+        """Take what the request wants of verified bytes at offset `begin` of the tar."""
+        start, stop = max(begin, self.offset), min(begin + len(data), self.offset + self.size)
+        if start < stop:
+            self.kept.append((start - self.offset, bytes(data[start - begin : stop - begin])))
+
+    def gather(self, fd: int) -> Buffer:
+        """The request's bytes: from data.tar, but for those that were kept."""
+        if not self.kept:
+            return os.pread(fd, self.size, self.offset)
+        data = bytearray(os.pread(fd, self.size, self.offset))
+        data.extend(bytes(self.size - len(data)))
+        for position, piece in self.kept:
+            data[position : position + len(piece)] = piece
+        return data
 
 
 class _Dropped(OSError):
@@ -149,6 +166,8 @@ class LayerReader:
         self._watched = self._ahead.watched
         counters = LayerCounters() if counters is None else counters
         self.counts, self._reads = counters.flights, counters.reads
+        self._full = counters.count("disk_full")
+        self._no_room = False  # whether the last span that came was not kept
         self.touched = time.monotonic()
         """When somebody last had to wait, or the layer was opened (time.monotonic())."""
 
@@ -384,7 +403,14 @@ class LayerReader:
         while span <= run.last:
             landed = partial(self._landed, flight)
             intake = SpanIntake(
-                self._spans, self._files, self._windows_fd, span, run.last, landed, self._headers
+                self._spans,
+                self._files,
+                self._windows_fd,
+                span,
+                run.last,
+                landed,
+                self._headers,
+                unstored=partial(self._unstored, flight),
             )
             flight.at, flight.received = span, intake.byte_range[0]
             try:
@@ -436,17 +462,41 @@ class LayerReader:
 
     def _landed(self, flight: Flight, span: int) -> None:
         """`span` is marked: answer those who waited for nothing else."""
+        self._no_room = False
+        self._arrived(flight, span)
+        self._tell()
+
+    def _unstored(self, flight: Flight, span: int, begin: int, data: Buffer, why: OSError) -> None:
+        """The disk does not take `span`, whose verified bytes are `data`: those who wait get them from here, and the next
+        reader fetches them again. Raises `why` when nobody waits.
+        """
+        if not self._no_room:
+            self._no_room = True
+            self._full.add()
+            _log.error(
+                "the disk takes no spans: they are served without being kept until it does",
+                extra={"layer": self.name, "error": str(why)},
+            )
+        if not self._arrived(flight, span, (begin, memoryview(data))):
+            raise why
+
+    def _arrived(self, flight: Flight, span: int, unkept: tuple[int, memoryview] | None = None) -> bool:
+        """Answer those who waited for nothing else; False, and nothing done, if `unkept` is given and nobody waits."""
         with self._lock:
+            if unkept is not None and span not in self._waiting:
+                return False
             self.counts.spans[flight.priority] += 1
             ready = []
             self._owners.pop(span, None)
             for parked in self._waiting.pop(span, ()):
+                if unkept is not None:
+                    parked.keep(*unkept)
                 parked.missing -= 1
                 if parked.missing == 0:
                     ready.append(parked)
         for parked in ready:
             try:
-                data = os.pread(self._fd, parked.size, parked.offset)
+                data = parked.gather(self._fd)
             except OSError as error:
                 self._log_failure(span, error)
                 self._reads.refused()
@@ -454,7 +504,7 @@ class LayerReader:
             else:
                 self._reads.answered(time.monotonic_ns() - parked.started, parked.size)
                 self._replies.reply(parked.unique, data)
-        self._tell()
+        return True
 
     def _tell(self) -> None:
         """Call on_complete if nothing is missing any more."""

@@ -44,8 +44,11 @@ class SpanIntake:
         last: int,
         landed: Callable[[int], None],
         headers: HeaderCheck | None = None,
+        unstored: Callable[[int, int, Buffer, OSError], None] | None = None,
     ) -> None:
-        """`headers`: None when tar headers are not to be checked."""
+        """`headers`: None when tar headers are not to be checked. `unstored(span, offset, bytes, why)` is told instead of
+        `landed` of a verified span that the disk does not take; it may raise to give up.
+        """
         self.span = first
         """The span being received; last + 1 at the end. On Integrity: the one at fault."""
         self._spans = spans
@@ -53,6 +56,7 @@ class SpanIntake:
         self._windows_fd = windows_fd
         self._last = last
         self._landed = landed
+        self._unstored = unstored
         self._headers = headers
         self._buffer = (
             bytearray()
@@ -102,7 +106,6 @@ class SpanIntake:
         with memoryview(self._buffer) as view:
             if not self._files.live[self.span]:  # another flight may have been faster
                 self._store(view[: self._size])
-                self._landed(self.span)
             self.span += 1
             if self.span <= self._last:
                 shared = self._start + self._size - self._spans.compressed_range(self.span)[0]
@@ -122,4 +125,18 @@ class SpanIntake:
         data = decode_span(spans, span, fetched, window)
         # The last span goes on behind the tar's end blocks, to the end of the stream: that belongs to the DiffID.
         with self._headers.arriving(span, data) if self._headers else nullcontext():
-            self._files.write(span, spans.uncompressed_range(span)[0], memoryview(data))
+            refusal = self._write(spans.uncompressed_range(span)[0], memoryview(data))
+        if refusal is None:
+            self._landed(span)
+        elif self._unstored is None:
+            raise refusal
+        else:
+            self._unstored(span, spans.uncompressed_range(span)[0], data, refusal)
+
+    def _write(self, offset: int, data: memoryview) -> OSError | None:
+        """Put the span's bytes into data.tar and mark it; why the disk did not take them."""
+        try:
+            self._files.write(self.span, offset, data)
+        except OSError as error:
+            return error
+        return None
