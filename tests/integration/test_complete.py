@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -361,6 +362,33 @@ def test_the_quota_empties_layers_without_containers() -> None:
             assert (directory(rig, kept) / "data.tar").stat().st_blocks * 512 >= 6 << 20
             with rig.rootfs(idle_layout, "soci") as other:
                 assert {name: sum_of(other / name) for name in idle_sums} == idle_sums
+
+
+def test_a_full_disk_serves_without_keeping() -> None:
+    """A root of 24 MiB and a layer of 40: every byte is right, one line says that nothing is kept, the disk is no fuller
+    than full; what is kept is served with the registry away."""
+    with lazy_rig("[pull_modes.soci_v1]\nenable = true\n[background_fetch]\ndisable = true\n") as rig:
+        rig.daemon.stop()
+        image = rig.base / "small"
+        with open(image, "wb") as file:
+            os.truncate(file.fileno(), 24 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-m", "0", str(image)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(rig.daemon.root)], check=True)
+        start(rig)
+        layer, sums = big_layer(90, files=40)
+        layout = rig.publish("big", [layer])
+        rig.pull("big")
+        with rig.rootfs(layout, "soci") as root:
+            assert {name: sum_of(root / name) for name in sums} == sums
+            assert rig.daemon.log.count("the disk takes no spans") == 1
+            drop_caches()
+            rig.proxy.stall()
+            first = next(iter(sums))
+            assert sum_of(root / first) == sums[first]
+            rig.proxy.resume()
+            assert {name: sum_of(root / name) for name in sums} == sums
+        rig.containerd.ctr("images", "rm", "--sync", rig.name("big"))
+        until(lambda: not list((rig.daemon.root / "layers").iterdir()), "the layer stayed")
 
 
 def test_removal_returns_the_disk(rig: Rig) -> None:

@@ -248,10 +248,14 @@ class Syncer:
     def _sync(self, more_than: int) -> None:
         for layer in self._layers.layers():
             if layer.files.unsynced > more_than:
+                epoch = layer.files.epoch
                 try:
                     layer.files.make_durable()
                 except (SociError, OSError) as error:
+                    lost = layer.files.epoch != epoch
                     _log.error(
-                        "the disk lost writes of a layer; its spans will be fetched again",
+                        "the disk lost writes of a layer; its spans will be fetched again"
+                        if lost
+                        else "cannot note what is durable of a layer: after a power loss it is fetched again",
                         extra={"layer": str(layer.key), "error": str(error)},
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import shutil
@@ -20,9 +21,11 @@ from soci_snapshotter.formats.digest import Digest, parse
 from soci_snapshotter.formats.zinfo import SpanTable, span_table
 from soci_snapshotter.formats.ztoc import Contents
 from soci_snapshotter.layers.checking import HeaderCheck
+from soci_snapshotter.layers.flights import RangeSource
 from soci_snapshotter.layers.meta import data_size
+from soci_snapshotter.layers.parking import Replies
 from soci_snapshotter.layers.pool import FlightPool
-from soci_snapshotter.layers.reader import LayerReader, RangeSource, ReadOptions, Replies
+from soci_snapshotter.layers.reader import LayerReader, ReadOptions
 from soci_snapshotter.layers.spandecode import check_sizes
 from soci_snapshotter.layers.timing import measured
 from soci_snapshotter.policy.counters import Counters, Reads
@@ -34,6 +37,8 @@ from soci_snapshotter.store.layerfiles import (
     sync_directory,
     write_record,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class LayerKey(NamedTuple):
@@ -186,6 +191,16 @@ class Layer:
         self.record = record
         if self.lazy is not None:
             self.lazy.renew(record)
+
+    def save_if_possible(self, record: LayerRecord) -> None:
+        """The same for a record of less than before: letting go must work on a full disk, and the next start finds out
+        by itself what is not there any more.
+        """
+        try:
+            self.save(record)
+        except OSError as error:
+            _log.warning("cannot write layer.json", extra={"layer": str(self.key), "error": str(error)})
+            self.record = record
 
     def intact(self) -> bool:
         """Whether a complete layer's data.tar is the file that was hashed."""

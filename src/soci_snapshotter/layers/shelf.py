@@ -294,7 +294,7 @@ class Shelf:
         with self._lock:
             shown = self._shown.pop(number, None)
             self._owners.pop(number, None)
-        layer.save(layer.record.without_mount(number))
+        layer.save_if_possible(layer.record.without_mount(number))
         if shown is not None:
             self.points.unmount(shown)
         if layer.record.mounts:
@@ -333,7 +333,7 @@ class Shelf:
             self._held.pop(number, None)
             self._superseded.pop(number, None)
         if layer is not None and number in layer.record.superseded:
-            layer.save(layer.record.without_superseded(number))
+            layer.save_if_possible(layer.record.without_superseded(number))
             self.points.unmount(number)
 
     def idle_since(self, layer: Layer, handed: frozenset[bytes]) -> float | None:

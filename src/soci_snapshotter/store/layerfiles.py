@@ -161,11 +161,15 @@ def boot_id() -> bytes:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a crash leaves the old content or the new, on the disk when this returns."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError:  # a full disk: leave it what there is
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 

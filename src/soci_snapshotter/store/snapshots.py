@@ -4,6 +4,7 @@
                 `mount` is set on lazy rows only, and those are unique in (parent, ref). `condemned` says why a
                 lazy row is not to be used any more; its ref is gone, so that nobody finds it.
     given       the lazy lowerdir paths that active and view snapshots were handed
+    spare       room that is never given back (see _LOG_BYTES)
     counter     ids below `next` may be in use as directory names; ids are never used twice
 
 WAL with synchronous=FULL: a call that returned survives a power cut. containerd keeps references to our rows
@@ -12,6 +13,7 @@ in a database of its own that is just as durable; losing one of ours would leave
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
@@ -25,6 +27,8 @@ import msgspec
 from ..errors import AlreadyExists, Config, Invalid, NotFound, Precondition
 from ..policy.lazy import LazyLayer, Usage
 from ..policy.prepare import TARGET
+
+_log = logging.getLogger(__name__)
 
 _VERSION = 2
 _SCHEMA = """
@@ -63,6 +67,10 @@ FROM snapshots s LEFT JOIN snapshots p ON p.id = s.parent
 """
 # Ids are taken from the file this many at a time: a new snapshot costs one synchronous write, not two.
 _ID_BLOCK = 64
+# Removing snapshots must work on a full disk: it is what makes room. So the log has this many bytes from the start, and
+# is begun anew well before it needs more; a transaction of ours is 10 pages or less.
+_LOG_BYTES = 512 << 10
+_LOG_PAGES = 100
 # Rows read under the lock at a time while listing.
 _PAGE = 256
 
@@ -137,6 +145,15 @@ class SnapshotStore:
                 f"{path.decode(errors='replace')} has format {version}, this program knows {_VERSION}: "
                 "use the version that wrote it, or another root"
             )
+        try:
+            self._db.execute("CREATE TABLE IF NOT EXISTS spare (filler BLOB NOT NULL) STRICT")
+            self._db.execute(
+                "INSERT OR REPLACE INTO spare (rowid, filler) VALUES (1, zeroblob(?))", (_LOG_BYTES,)
+            )
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+        except sqlite3.OperationalError as error:
+            _log.warning("no room for the log of the snapshots", extra={"error": str(error)})
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}").fetchall()
 
     def __enter__(self) -> SnapshotStore:
         return self
