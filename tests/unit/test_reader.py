@@ -472,7 +472,7 @@ def test_a_sequential_reader_is_run_ahead_of(ahead: Bench) -> None:
 def test_a_reader_does_not_wait_for_what_is_only_queued(bench: Bench) -> None:
     """Every thread is busy ahead: a read of a queued span gets a thread of its own kind first, and it comes once."""
     with FlightPool(1) as pool:
-        bench.reader._pool = pool
+        bench.reader._flights._pool = pool
         bench.reader.fetch_ahead([0])
         until(lambda: len(bench.source.asked) == 1)
         bench.reader.fetch_ahead(range(2, 7))
@@ -494,7 +494,7 @@ def test_a_prefetch_artifact_is_followed_in_its_order(bench: Bench) -> None:
     read_span(bench, 1, 3)
     bench.kernel.wait(1)
     with FlightPool(1) as pool:
-        bench.reader._pool = pool
+        bench.reader._flights._pool = pool
         bench.reader.fetch_listed([SpanRange(8, 9, 2), SpanRange(2, 4, 1), SpanRange(12, 12, 0)])
         until(lambda: bench.files.has(8, 9))
     starts = [bench.spans.compressed_range(span)[0] for span in (12, 2, 4, 8)]
@@ -506,7 +506,7 @@ def test_a_prefetch_artifact_is_followed_in_its_order(bench: Bench) -> None:
 
 def test_a_guess_that_waited_too_long_is_dropped(ahead: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guess that finds no free moment while it is fresh is not fetched."""
-    monkeypatch.setattr("soci_snapshotter.layers.reader.GUESS_SECONDS", 0.0)
+    monkeypatch.setattr("soci_snapshotter.layers.flights.GUESS_SECONDS", 0.0)
     ahead.source.gate.set()
     read_span(ahead, 1, 4)
     ahead.kernel.wait(1)

@@ -25,12 +25,13 @@ from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference as references
 from soci_snapshotter.layers.background import Background
 from soci_snapshotter.layers.complete import Completer
+from soci_snapshotter.layers.flights import RangeSource
 from soci_snapshotter.layers.lazy import Lazy, Syncer
 from soci_snapshotter.layers.openlayer import Surroundings
 from soci_snapshotter.layers.openlayers import OpenLayers
 from soci_snapshotter.layers.pool import FlightPool
 from soci_snapshotter.layers.prefetching import Prefetcher
-from soci_snapshotter.layers.reader import RangeSource, ReadOptions
+from soci_snapshotter.layers.reader import ReadOptions
 from soci_snapshotter.layers.resolve import DEFAULT_CACHE, IndexResolver
 from soci_snapshotter.layers.workers import MetaWorkers
 from soci_snapshotter.policy.counters import Counters

@@ -21,9 +21,11 @@ from soci_snapshotter.formats.digest import Digest, parse
 from soci_snapshotter.formats.zinfo import SpanTable, span_table
 from soci_snapshotter.formats.ztoc import Contents
 from soci_snapshotter.layers.checking import HeaderCheck
+from soci_snapshotter.layers.flights import RangeSource
 from soci_snapshotter.layers.meta import data_size
+from soci_snapshotter.layers.parking import Replies
 from soci_snapshotter.layers.pool import FlightPool
-from soci_snapshotter.layers.reader import LayerReader, RangeSource, ReadOptions, Replies
+from soci_snapshotter.layers.reader import LayerReader, ReadOptions
 from soci_snapshotter.layers.spandecode import check_sizes
 from soci_snapshotter.layers.timing import measured
 from soci_snapshotter.policy.counters import Counters, Reads
