@@ -140,7 +140,7 @@ def test_a_port_in_use_is_said() -> None:
     """The address and the reason."""
     with listen_tcp("127.0.0.1:0", "metrics_address") as first:
         port = first.getsockname()[1]
-        with pytest.raises(Config, match="cannot listen: Address already in use"):
+        with pytest.raises(Config, match=r"cannot listen: Address already in use$"):
             listen_tcp(f"127.0.0.1:{port}", "metrics_address")
 
 

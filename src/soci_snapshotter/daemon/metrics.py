@@ -35,6 +35,7 @@ ALWAYS = (
     "fuse_mount_failure_count",
     "local_mount_failure_count",
     # ours:
+    "disk_full",
     "layers_completed",
     "layers_condemned",
     "layers_evicted",
@@ -217,7 +218,7 @@ def _counts_of(layer: LayerCounters) -> Iterator[tuple[str, int]]:
         "parked_read_count": flights.parked,
     }
     yield from ((operation, value) for operation, value in derived.items() if value)
-    yield from ((operation, count.value) for operation, count in dict(layer.counts).items())
+    yield from ((operation, count.value) for operation, count in dict(layer.counts).items() if count.value)
 
 
 def _sizes(layers: Iterable[LayerStatus]) -> Iterable[Family]:

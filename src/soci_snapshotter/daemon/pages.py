@@ -79,7 +79,9 @@ def listen_tcp(address: str, key: str) -> socket.socket:
         family, *_, where = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM)[0]
         return socket.create_server(where[:2], family=family)
     except OSError as error:
-        raise Config(f"{key} = {address}: cannot listen: {error.strerror or error}") from None
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else error  # getaddrinfo's are negative
+        raise Config(f"{key} = {address}: cannot listen: {reason}") from None
 
 
 def listen_unix(path: Path, key: str) -> socket.socket:

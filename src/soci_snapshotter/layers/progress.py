@@ -24,7 +24,9 @@ def _status(layer: Layer, counters: Counters, mount_root: Path, *, disk: bool) -
     reads = Reads() if counted is None else counted.reads
     if lazy is not None:
         spans, present, size = len(lazy.spans), lazy.files.live.count(1), lazy.compressed_size
-        fetched, flights = size - lazy.reader.missing(), lazy.reader.flying
+        # Neighbors share a byte, and the stream's frame belongs to no span: none and all are exact, the rest nearly.
+        fetched = min(max(size - lazy.reader.missing(), 0), size) if present else 0
+        flights = lazy.reader.flying
         state = State.PROVING if present == spans else State.FILLING if flights else State.LAZY
     else:
         spans, size, flights = record.spans, record.compressed_size, 0
