@@ -349,8 +349,8 @@ def test_mutated_layers_raise_only_our_errors(data: st.DataObject) -> None:
 
 
 def test_a_gzip_labelled_as_a_tar_is_refused() -> None:
-    """The media type decides; a gzip blob that claims to be uncompressed is named as such."""
-    with pytest.raises(Integrity, match="is gzip"):
+    """The media type decides; a gzip blob that claims to be uncompressed gets no ztoc, and is named as such."""
+    with pytest.raises(Unsupported, match="is gzip"):
         built(LAYER, Compression.UNCOMPRESSED)
 
 
@@ -482,6 +482,46 @@ def test_memory_does_not_grow_with_entries_and_spans(tmp_path: Path, monkeypatch
     assert (len(decoded.entries), written.uncompressed_size) == (10_000, 10 * len(files) + 1024)
     assert len(decoded.span_digests) > 700
     assert peak < 12 << 20
+
+
+@pytest.mark.parametrize("compression", [Compression.GZIP, Compression.UNCOMPRESSED])
+def test_a_sink_gets_the_tar_with_its_tail(tmp_path: Path, compression: Compression) -> None:
+    """The uncompressed bytes, all of them in order, zeros after the tar's end included; the ztoc is the same."""
+    plain = tar_of({f"f{n}": random.Random(n).randbytes(70_000) for n in range(50)}) + bytes(4096)
+    layer = member(plain) if compression is Compression.GZIP else plain
+    taken = bytearray()
+    written = write_ztoc(
+        chunked(layer, 100_000),
+        tmp_path / "ztoc",
+        compression=compression,
+        build_tool="tests",
+        sink=taken.extend,
+    )
+    assert bytes(taken) == plain
+    assert written.digest == built(layer, compression).digest
+
+
+@pytest.mark.parametrize("compression", [Compression.GZIP, Compression.UNCOMPRESSED])
+def test_a_sink_that_fails_ends_the_pass(tmp_path: Path, compression: Compression) -> None:
+    """A full disk is told long before the layer's end, and nothing is left."""
+    plain = tar_of({"f": random.Random(1).randbytes(30 << 20)})
+    layer = member(plain) if compression is Compression.GZIP else plain
+    chunks = list(chunked(layer, 1 << 20))
+    given: list[bytes] = []
+
+    def full(_piece: bytes | memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_ztoc(
+            (given.append(chunk) or chunk for chunk in chunks),
+            tmp_path / "ztoc",
+            compression=compression,
+            build_tool="tests",
+            sink=full,
+        )
+    assert len(given) < len(chunks) // 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_building_twice_gives_the_same_bytes() -> None:

@@ -12,6 +12,7 @@ import itertools
 import os
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
@@ -29,7 +30,7 @@ from soci_snapshotter.linux import checkpoints
 from soci_snapshotter.linux.inflate import MAX_TAIL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -50,6 +51,9 @@ _DIGEST: Final = 80
 _BATCH: Final = msgspec.msgpack.Decoder(list[Entry])
 
 _T = TypeVar("_T")
+
+Sink = Callable[[bytes | memoryview], object]
+"""Takes uncompressed bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +91,17 @@ def write_ztoc(
     span_size: int = DEFAULT_SPAN_SIZE,
     build_tool: str,
     expected: Digest | None = None,
+    sink: Sink | None = None,
 ) -> WrittenZtoc:
     """Write the ztoc of the layer whose bytes `chunks` brings, a MiB or so at a time, to the file `output`.
 
-    `expected`: the layer's digest. Integrity when it differs, or for a broken gzip stream or tar; Unsupported
-    for a tar that no ztoc can describe, naming the entry; OSError for a full disk. Then `output` is as it was.
+    `expected`: the layer's digest. `sink` is given the uncompressed bytes in order, in a thread of its own, each
+    piece valid during the call only; what it raises ends the pass. Integrity when the digest differs, or for a
+    broken gzip stream or tar; Unsupported for a tar that no ztoc can describe, naming the entry; OSError for a full
+    disk. Then `output` is as it was.
     """
     with _Aside(output.parent) as aside:
-        layer = _scan(chunks, aside, compression, span_size, expected)
+        layer = _scan(chunks, aside, compression, span_size, expected, sink)
         size, pieces = _encode(layer, aside, build_tool)
         digest = _write(pieces, output)
     return WrittenZtoc(digest, size, layer.digest, layer.size, layer.diff_id, layer.uncompressed_size)
@@ -156,14 +163,20 @@ class _Layer:
 
 
 def _scan(
-    chunks: Iterable[bytes], aside: _Aside, compression: Compression, span_size: int, expected: Digest | None
+    chunks: Iterable[bytes],
+    aside: _Aside,
+    compression: Compression,
+    span_size: int,
+    expected: Digest | None,
+    sink: Sink | None = None,
 ) -> _Layer:
     if span_size < 1:
         raise Invalid(f"span size is {span_size}; it must be at least 1")
     scan = _gzip if compression is Compression.GZIP else _uncompressed
     tar = TarParser(lambda entries: aside.entries.append(msgspec.msgpack.encode(entries)))
     spans = _SpanDigests(expected.algorithm if expected else "sha256")
-    head, diff_id = scan(chunks, span_size, tar, spans, aside.checkpoints)
+    diff = _DiffId(sink)
+    head = scan(chunks, span_size, tar, spans, aside.checkpoints, diff)
     digest = digests.parse(f"{spans.layer.name}:{spans.layer.hexdigest()}")
     if expected is not None and digest != expected:
         raise Integrity(f"layer {expected}: its bytes have the digest {digest}")
@@ -171,7 +184,7 @@ def _scan(
     return _Layer(
         digest=digest,
         size=spans.size,
-        diff_id=digests.from_hex(diff_id),
+        diff_id=digests.from_hex(diff.hash.hexdigest()),
         uncompressed_size=tar.fed,
         tar_size=size,
         compression=compression,
@@ -222,10 +235,9 @@ def _write(pieces: Iterable[bytes | memoryview], output: Path) -> Digest:
 
 
 def _gzip(
-    chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanDigests, kept: Spool
-) -> tuple[bytes, str]:
-    """What goes before the checkpoints put into `kept`, and the DiffID's hex digits."""
-    diff = hashlib.sha256()
+    chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanDigests, kept: Spool, diff: _DiffId
+) -> bytes:
+    """What goes before the checkpoints put into `kept`."""
     ring = _Ring()
     with (
         checkpoints.Scanner(span_size, checkpoints.load(), keep=kept.append, take=ring.take) as scanner,
@@ -244,13 +256,12 @@ def _gzip(
         hashing.put(piece)
     _check_sizes(tar, kept.size)
     spans.finish()
-    return head, diff.hexdigest()
+    return head
 
 
 def _uncompressed(
-    chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanDigests, _: Spool
-) -> tuple[bytes, str]:
-    diff = hashlib.sha256()
+    chunks: Iterable[bytes], span_size: int, tar: TarParser, spans: _SpanDigests, _: Spool, diff: _DiffId
+) -> bytes:
     with _Beside(diff.update) as hashing, _Beside(spans.update) as digesting:
         for chunk in chunks:
             if tar.fed == 0 and chunk.startswith(MAGIC):
@@ -262,7 +273,7 @@ def _uncompressed(
             digesting.put((chunk, [(at, 0) for at in range(first, end, span_size)]))
             _check_sizes(tar, end // span_size * _DIGEST)
     spans.finish()
-    return encode_tarinfo(span_size, spans.size), diff.hexdigest()
+    return encode_tarinfo(span_size, spans.size)
 
 
 def _check_sizes(tar: TarParser, spans: int) -> None:
@@ -290,6 +301,19 @@ class _Ring:
     def give_back(self) -> None:
         """The one that was taken first is free."""
         self._free.release()
+
+
+class _DiffId:
+    """The digest of the uncompressed bytes, which go to `sink` on the way."""
+
+    def __init__(self, sink: Sink | None) -> None:
+        self.hash = hashlib.sha256()
+        self._sink = sink
+
+    def update(self, piece: bytes | memoryview) -> None:
+        self.hash.update(piece)
+        if self._sink is not None:
+            self._sink(piece)
 
 
 class _SpanDigests:
@@ -357,7 +381,9 @@ class _Beside(Generic[_T]):
             raise self._error
 
     def put(self, thing: _T) -> None:
-        """Hand it over; waits while QUEUE things are waiting already."""
+        """Hand it over; waits while QUEUE things are waiting already. Raises what went wrong with an earlier one."""
+        if self._error is not None:
+            raise self._error
         self._queue.put(thing)
 
     def _run(self) -> None:
