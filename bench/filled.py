@@ -165,23 +165,22 @@ def _settle(received: Callable[[], int]) -> None:
 
 
 def _complete(node: Node, chain: str) -> Path:
-    """A mount of the layer as a container gets it that starts now, once the daemon says that it is complete."""
+    """A mount of the layer as a container gets it that starts now, once its bytes are proven and mounted locally."""
     deadline = time.monotonic() + _COMPLETE_S
-    states = _states(node)
-    while states != {"complete"}:
-        if states == {None}:
-            raise Skipped("layer.json has no state: this version does not complete layers")
+    records = list(node.daemons[OURS].root.glob("layers/*/*/layer.json"))
+    while not all(_is_local(json.loads(record.read_bytes())) for record in records):
         if time.monotonic() > deadline:
-            raise Skipped(f"states of layers {_COMPLETE_S} s after the last byte: {states}")
+            raise Skipped(f"no local mount of a complete layer {_COMPLETE_S} s after its last byte")
         time.sleep(0.2)
-        states = _states(node)
-    return node.mount(OURS, chain, "complete")
+    root = node.mount(OURS, chain, "complete")
+    if node.layers("complete") == node.layers(OURS):
+        raise RuntimeError("a new container still gets the lazy mount")
+    return root
 
 
-def _states(node: Node) -> set[str | None]:
-    """Of every layer of our daemon; None where the record has no state."""
-    records = node.daemons[OURS].root.glob("layers/*/*/layer.json")
-    return {json.loads(record.read_bytes()).get("state") for record in records}
+def _is_local(record: dict[str, object]) -> bool:
+    """Whether the layer's DiffID is known and a mount of its own file is shown (store.layerfiles.LayerRecord)."""
+    return bool(record.get("diff_id") and record.get("local"))
 
 
 def _unsupported(text: str) -> str:

@@ -43,11 +43,11 @@ def _bench(name: str, blobs: list[bulk.Blob], against: Peer, runs: int) -> Resul
             node.pull(OURS, f"{proxy.host}/bench/memory:1")
             node.mount(OURS, chain, "memory")
             unread = _ours(node)
-            trees = node.layers(OURS, "memory")
+            trees = node.layers("memory")
             if against.lazy:
                 node.pull(against.name, f"{proxy.host}/bench/memory-{against.name}:1")
                 node.mount(against.name, chain, "memory-peer")
-                trees += node.layers(against.name, "memory-peer")
+                trees += node.layers("memory-peer")
             for number in range(runs):
                 for tree in trees:
                     _read_part(tree, number)

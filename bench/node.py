@@ -1,7 +1,6 @@
 """A registry with an image in it, and nodes that pull it: the rig of the data plane's benches."""
 
 import contextlib
-import re
 import subprocess
 import sys
 import time
@@ -58,11 +57,15 @@ class Node:
             subprocess.run(command.split(), check=True)
         return target
 
-    def layers(self, snapshotter: str, key: str) -> list[Path]:
-        """The directories below a mount, the topmost layer first."""
-        shown = self.containerd.ctr("snapshots", "--snapshotter", snapshotter, "mounts", "/", key).stdout
-        found = re.search(r"lowerdir=([^, ]+)", shown)
-        return [Path(each) for each in found[1].split(":")] if found else []
+    def layers(self, key: str) -> list[Path]:
+        """The directories below a mount, the topmost layer first, as they were when it was made."""
+        target = str(self.base / "mounts" / key)
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, point, _, options, *_ = line.split()
+            if point == target:
+                lower = next(each for each in options.split(",") if each.startswith("lowerdir="))
+                return [Path(each) for each in lower.removeprefix("lowerdir=").split(":")]
+        raise RuntimeError(f"{target} is not mounted")
 
 
 @dataclass
