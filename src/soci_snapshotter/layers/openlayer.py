@@ -158,8 +158,13 @@ class WholeFile:
         del unique
         started = time.monotonic_ns()
         if self.condemned:
+            self._reads.refused()
             raise OSError(errno.EIO, "the layer is not what its image says")
-        data = os.pread(self._fd, size, offset)
+        try:
+            data = os.pread(self._fd, size, offset)
+        except OSError:
+            self._reads.refused()
+            raise
         self._reads.answered(time.monotonic_ns() - started, size)
         return data
 

@@ -154,10 +154,13 @@ class LayerReader:
         epoch = self._files.epoch
         if not self._files.has(wanted.start, wanted.stop - 1):
             return None
-        data = os.pread(self._fd, size, offset)
-        return (
-            data if self._files.epoch == epoch else None
-        )  # a failed write-back in between: the pages may be gone
+        try:
+            data = os.pread(self._fd, size, offset)
+        except OSError:
+            self._reads.refused()
+            raise
+        # A failed write-back in between: the pages may be gone.
+        return data if self._files.epoch == epoch else None
 
     def retire(self, then: Callable[[], None]) -> None:
         """Start no more flights; call `then` (which closes the files) when none is left: now, or behind the last.

@@ -83,7 +83,7 @@ class FuseServer:
         self._answers_open = not connection.flags & fusemsg.Init.NO_OPEN_SUPPORT
         self._opens: dict[int, int] = {}
         self.failures = dict.fromkeys(FUSE_FAILURES, 0)
-        """Requests that failed at once; those that were parked are counted by whoever answers them."""
+        """Requests that failed; a flat file's failures are its own to count."""
         self._lock = threading.Lock()  # guards _opens
         self._on_release = on_release
         self._ending = False
@@ -236,7 +236,8 @@ class FuseServer:
             else:
                 raise OSError(errno.EIO, "not served any more")
         except (OSError, SociError) as problem:
-            self._failed(Opcode.READ)
+            if file is None:
+                self._failed(Opcode.READ)
             self.reply_error(unique, problem.errno or errno.EIO)
         except Exception:
             _log.exception("reading a file failed", extra={"node": node, "offset": offset, "size": size})
