@@ -41,7 +41,7 @@ DAEMON_ADDRESS = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock"
 )
 @click.option(
     "--daemon-address",
-    type=click.Path(path_type=Path),
+    type=str,
     envvar="SOCI_SNAPSHOTTER_ADDRESS",
     default=DAEMON_ADDRESS,
     show_default=True,
@@ -69,7 +69,7 @@ def doctor_command(
     ctx: click.Context,
     *,
     config: Path,
-    daemon_address: Path,
+    daemon_address: str,
     containerd_config: Path,
     snapshotter: str,
     as_json: bool,
@@ -85,7 +85,7 @@ def doctor_command(
         containerd=flags.address,
         namespace=flags.namespace,
         snapshotter=snapshotter,
-        daemon=Path(str(daemon_address).removeprefix("unix://")),
+        daemon=Path(daemon_address.removeprefix("unix://")),
         root=flags.root.absolute(),
         config=config,
         containerd_config=containerd_config,
