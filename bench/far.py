@@ -62,7 +62,10 @@ class LazyLayer:
     @property
     def present(self) -> bytes:
         """One byte per span, 1 where its bytes are here (store.layerfiles)."""
-        return (self._directory / "spans.live").read_bytes()[-len(self._table) :]
+        try:
+            return (self._directory / "spans.live").read_bytes()[-len(self._table) :]
+        except FileNotFoundError:  # complete: it needs no marks any more
+            return b"\x01" * len(self._table)
 
     @property
     def fetched(self) -> int:
