@@ -43,6 +43,12 @@ class Prepared:
             return Declined("no ztoc for this layer")
         return LazyLayer(request.layer_digest, list(self.directories).index(request.layer_digest), 1, 1)
 
+    def serves(self, request: LazyRequest, mount_id: int, layer_key: str) -> None:
+        del request, mount_id, layer_key
+
+    def committed(self, mount_id: int) -> None:
+        del mount_id
+
     def lowerdir(self, mount_id: int) -> bytes:
         return bytes(list(self.directories.values())[mount_id])
 
