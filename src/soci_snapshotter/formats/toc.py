@@ -84,6 +84,21 @@ class Entry(NamedTuple):
     records: tuple[tuple[bytes, bytes], ...]
 
 
+class Outline(NamedTuple):
+    """What decides where an entry is and what of it shows, as it is stored; `records` is how many it has."""
+
+    name: bytes
+    type: bytes
+    offset: int
+    size: int
+    linkname: bytes
+    mode: int
+    uid: int
+    gid: int
+    mod_time: bytes
+    records: int
+
+
 class _Plan(NamedTuple):
     """A vtable of FileMetadata, compiled: one unpack, one permutation into declaration order, places of the
     offsets.
@@ -162,6 +177,40 @@ class EntryReader:
             first = (end + 1023) & -512
             append(entry)
         return entries
+
+    def outlines(self, start: int, count: int) -> list[Outline]:
+        """The same of a table that `read` has accepted before, in half the time: only what `Outline` has.
+
+        Integrity when the file is not what it was then.
+        """
+        data, plans, new = self._data, self._plans, tuple.__new__
+        rows: list[Outline] = []
+        try:
+            for i, distance in enumerate(struct.unpack_from(f"<{count}I", data, start)):
+                pos = start + 4 * i + distance
+                vtable = pos - i32(data, pos)[0]
+                plan = plans[vtable] if vtable in plans else self._plan(vtable)
+                if plan is None:
+                    e = self._slowly(i, pos)
+                    row = (*e[:1], e.type.encode(), *e[2:8], e.mod_time.encode(), len(e.records))
+                    rows.append(new(Outline, row))
+                    continue
+                unpack, permute, (a, b, c, _, _, f, r) = plan
+                p, q, offset, size, s, mode, uid, gid, _, _, t, _, _, v = permute((*unpack(data, pos), 0))
+                a += pos + p
+                b += pos + q
+                c += pos + s
+                f += pos + t
+                name = data[a + 4 : a + 4 + u32(data, a)[0]]
+                kind = data[b + 4 : b + 4 + u32(data, b)[0]]
+                link = data[c + 4 : c + 4 + n] if (n := u32(data, c)[0]) else b""
+                time = data[f + 4 : f + 4 + u32(data, f)[0]]
+                records = u32(data, pos + r + v)[0]
+                row = name, kind, offset, size, link, mode, uid, gid, time, records
+                rows.append(new(Outline, row))
+        except (struct.error, IndexError):
+            raise Integrity("ztoc: the table of contents changed since it was checked") from None
+        return rows
 
     def _plan(self, vtable: int) -> _Plan | None:
         """Compile a vtable; None if it is not of the usual kind (then `_slowly` reads it, or says what is

@@ -18,7 +18,7 @@ from soci_snapshotter.formats.toc import MAX_ARCHIVE_SIZE, MAX_ENTRIES, Entry, E
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from soci_snapshotter.formats.toc import Mapped
+    from soci_snapshotter.formats.toc import Mapped, Outline
 
 __all__ = [
     "MAX_ARCHIVE_SIZE",
@@ -90,9 +90,21 @@ class Contents:
                 low = middle + 1
         return low
 
-    def read(self, data: Mapped, first: int, stop: int) -> list[Entry]:
+    def reader(self, data: Mapped) -> EntryReader:
+        """What reads entries, for a short time: it remembers."""
+        return EntryReader(data, self.uncompressed_size)
+
+    def entries(self, reader: EntryReader, first: int, stop: int) -> list[Entry]:
         """Entries first..stop-1. Integrity if they are not what `decode` would take."""
-        return EntryReader(data, self.uncompressed_size).read(self.start + 4 * first, stop - first)
+        return reader.read(self.start + 4 * first, stop - first)
+
+    def read(self, data: Mapped, first: int, stop: int) -> list[Entry]:
+        """The same, once."""
+        return self.entries(self.reader(data), first, stop)
+
+    def outlines(self, reader: EntryReader, first: int, stop: int) -> list[Outline]:
+        """The same, in outline, of a table that was decoded before."""
+        return reader.outlines(self.start + 4 * first, stop - first)
 
 
 def locate_contents(data: Buffer) -> Contents:

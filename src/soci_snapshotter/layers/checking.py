@@ -15,11 +15,13 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 from soci_snapshotter.errors import Condemned
-from soci_snapshotter.formats.tarcheck import compare, compare_end, read_headers
-from soci_snapshotter.formats.tree import BLOCK, Clock
+from soci_snapshotter.formats.tarcheck import after, compare, compare_end, read_headers, unlike
+from soci_snapshotter.formats.toc import Outline
+from soci_snapshotter.formats.tree import Clock
 from soci_snapshotter.formats.zinfo import SpanTable
 from soci_snapshotter.formats.ztoc import Contents, Entry
 from soci_snapshotter.store.layerfiles import SpanFile
@@ -75,10 +77,7 @@ class HeaderCheck:
         """
         begin, _ = self._spans.uncompressed_range(span)
         end = begin + len(data)
-        inside, crossing = self._regions(begin, end)
-        if inside:
-            start = inside[0].start
-            self._compare(inside, (memoryview(data)[start - begin :],))
+        crossing = self._check_inside(begin, end, data) if data else []
         if self._spans.is_last(span) and end > self._size:
             self._at_end(beyond=True)
         if not crossing:
@@ -91,56 +90,65 @@ class HeaderCheck:
             for region, pieces in ready:
                 if pieces is not None:
                     self._compare_crossing(region, pieces)
+                    self.checked += region.entry is not None
             yield
         finally:
             with self._lock:
                 if self._arriving.get(span) is data:  # a span may arrive twice at once
                     del self._arriving[span]
 
-    def _regions(self, begin: int, end: int) -> tuple[list[_Region], list[_Region]]:
-        """The regions that lie within begin..end, one behind the other, and those that cross one of the two."""
-        if begin == end:
-            return [], []
-        contents = self._contents
+    def _check_inside(self, begin: int, end: int, data: bytes) -> list[_Region]:
+        """Check the regions that lie within begin..end, whose bytes are `data`; those that cross one of the two."""
         mapped = mmap.mmap(self._ztoc_fd, 0, prot=mmap.PROT_READ)
         try:
-            first = contents.first_after(mapped, begin)
-            stop = contents.first_after(mapped, end)
-            before = max(first - 1, 0)
-            entries = contents.read(mapped, before, min(stop + 1, contents.count))
+            return self._search(mapped, begin, end, data)
         finally:
             try:
                 mapped.close()
             except BufferError:  # an exception's frames still look at it; it goes with them
                 pass
-        start = 0
-        if first:
-            start = _after(entries.pop(0))
-        regions = []
-        for entry in entries:
-            regions.append(_Region(start, entry.offset, entry))
-            start = _after(entry)
-        if stop == contents.count:
-            regions.append(_Region(start, max(start, self._size), None))
-        inside, crossing = [], []
-        for region in regions:
-            if begin <= region.start and region.stop <= end:
-                inside.append(region)
-            elif region.start < end and region.stop > begin:
-                crossing.append(region)
-        return inside, crossing
 
-    def _compare(self, regions: Sequence[_Region], chunks: Iterable[bytes | memoryview]) -> None:
-        """Raise Condemned when `chunks`, the tar from the first of adjoining regions on, differ from the table."""
-        entries = [region.entry for region in regions if region.entry is not None]
-        headers = read_headers(regions[0].start, chunks)
-        difference = compare(entries, headers, Clock())
-        if difference is None and regions[-1].entry is None:
-            difference = compare_end(headers, len(entries))
+    def _search(self, mapped: mmap.mmap, begin: int, end: int, data: bytes) -> list[_Region]:
+        contents = self._contents
+        reader = contents.reader(mapped)
+        # Entries first..stop-1 have their region's end within; stop's may begin there.
+        first, stop = contents.first_after(mapped, begin), contents.first_after(mapped, end)
+        before = max(first - 1, 0)
+        rows = contents.outlines(reader, before, min(stop + 1, contents.count))
+        start = _after(rows.pop(0)) if first else 0
+        crossing = []
+        if first < stop and start < begin:
+            crossing.append(_Region(start, rows[0].offset, contents.entries(reader, first, first + 1)[0]))
+            start = _after(rows.pop(0))
+            first += 1
+        inside = rows[: stop - first]
+        starts = list(accumulate(inside, lambda _, row: _after(row), initial=start))
+        for one, past in _runs(unlike(inside, start, data, begin)):
+            entries = contents.entries(reader, first + one, first + past)
+            chunk = memoryview(data)[starts[one] - begin : entries[-1].offset - begin]
+            self._compare(starts[one], entries, (chunk,))
+        self.checked += len(inside)
+        start = starts[-1]
+        if stop < contents.count:
+            if start < end:
+                crossing.append(_Region(start, rows[-1].offset, contents.entries(reader, stop, stop + 1)[0]))
+        elif begin <= start <= end and self._size <= end:
+            self._compare(start, None, (memoryview(data)[start - begin :],))
+        elif start < end and self._size > begin:
+            crossing.append(_Region(start, self._size, None))
+        return crossing
+
+    def _compare(
+        self, start: int, entries: Sequence[Entry] | None, chunks: Iterable[bytes | memoryview]
+    ) -> None:
+        """Raise Condemned when `chunks`, the tar from `start` on, are not the regions of `entries`, or the tar's end
+        (None).
+        """
+        headers = read_headers(start, chunks)
+        difference = compare_end(headers, 0) if entries is None else compare(entries, headers, Clock())
         if difference is not None:
             raise Condemned(f"{self._name}: {difference}")
-        self.checked += len(entries)
-        if regions[-1].entry is None and not headers.ended:
+        if entries is None and not headers.ended:
             self._at_end(unended=True)
 
     def _at_end(self, *, unended: bool = False, beyond: bool = False) -> None:
@@ -169,7 +177,7 @@ class HeaderCheck:
     def _compare_crossing(self, region: _Region, pieces: list[_Piece]) -> None:
         epoch = self._files.epoch
         try:
-            self._compare([region], self._read(pieces))
+            self._compare(region.start, None if region.entry is None else [region.entry], self._read(pieces))
         except Condemned as error:
             kept = all(self._files.live[piece.span] for piece in pieces if piece.data is None)
             if (
@@ -194,6 +202,13 @@ class HeaderCheck:
                 position += len(chunk)
 
 
-def _after(entry: Entry) -> int:
+def _after(row: Outline) -> int:
     """Where the region of the next entry begins."""
-    return entry.offset + (-(-entry.size // BLOCK) * BLOCK if entry.type == "reg" else 0)
+    return after(row.offset, row.size, has_data=row.type == b"reg")
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours together: first, and one past the last."""
+    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in group]
+        yield members[0], members[-1] + 1
