@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness.proxy import Proxy
 from harness.registries import RunningRegistry, start_oci_registry, start_registry
 
 from soci_snapshotter.errors import NotFound, Remote
@@ -83,3 +84,28 @@ def test_missing_and_unreachable_name_host_and_repository(registry: RunningRegis
             client.resolve(reference.parse(f"{registry.host}/a/b:v9"))
         with pytest.raises(Remote, match=r"127.0.0.1:1/a/b: .*connection refused.*check that"):
             client.resolve(reference.parse("127.0.0.1:1/a/b:v9"))
+
+
+def test_a_failed_upload_lets_go_of_what_it_reads(registry: RunningRegistry) -> None:
+    """An upload whose connection breaks closes its body at once: it may be the download from another registry."""
+    begun, ended = [0], [0]
+
+    with Proxy(registry.address) as proxy:
+
+        def body() -> Iterator[bytes]:
+            begun[0] += 1
+            try:
+                while True:
+                    yield bytes(1 << 16)
+                    if proxy.sent > 1 << 20:
+                        proxy.cut()
+            finally:
+                ended[0] += 1
+
+        described = Descriptor("application/octet-stream", digest.sha256(b"never"), 1 << 30)
+        options = Options(retry=Retry(attempts=1, min_wait=0.01))
+        # `caught` keeps the traceback, and with it whatever was not closed.
+        with RegistryClient(options) as client, pytest.raises(Remote) as caught:
+            client.push_blob(Repository(proxy.host, "a/b"), described, body)
+    assert caught.value
+    assert begun == ended != [0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -67,6 +67,8 @@ def blob(
         except Transient:
             counter.take_back()
             raise
+        finally:
+            counter.close()
         if said != descriptor.digest:
             raise Remote(f"{started.subject}: the registry stored another digest; check its storage")
         return True
@@ -153,9 +155,17 @@ class _Counter:
     def __init__(self, progress: Callable[[int], None] | None) -> None:
         self._progress = progress
         self._told = 0
+        self._pieces: Iterable[bytes] = ()
+
+    def close(self) -> None:
+        """End the last body where it stands: it may hold a connection to where it comes from."""
+        if isinstance(self._pieces, Generator):
+            self._pieces.close()
 
     def over(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         self.take_back()  # a redirect makes the body anew within one try
+        self.close()
+        self._pieces = pieces
         for piece in pieces:
             yield piece
             if self._progress is not None:
