@@ -150,7 +150,7 @@ def test_damaged_layer_leaves_no_trace(
 @pytest.mark.parametrize(
     ("layer", "words", "code"),
     [
-        (Layer(GNU.blob, GNU.diff_id, "application/vnd.oci.image.layer.v1.tar"), "gzip", 7),
+        (Layer(GNU.blob, GNU.diff_id, "application/vnd.oci.image.layer.v1.tar"), "gzip", 8),
         (Layer(GNU.blob[:-9], GNU.diff_id), "cut off", 7),
         (Layer(GNU.blob, PIGZ.diff_id), PIGZ.diff_id, 7),
         (Layer(b"{}", GNU.diff_id, "application/vnd.example+json"), "vnd.example", 8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,12 @@ from .types import ContentInfo, time_from
 # One write message: large enough to make the round trip per message (about 0.2 ms) cheap, well under the
 # 16 MiB that a message may have.
 _PIECE = 1 << 20
+# Between two looks whether another client's upload of the same blob is over.
+_LOCKED_PAUSE_S = 0.1
+
+
+class _Locked(Remote):
+    """Somebody else uploads under this ref just now."""
 
 
 class Content:
@@ -88,16 +95,22 @@ class Content:
     ) -> int:
         """Store the blob that `source(offset)` yields from that offset on; return how many bytes it yielded.
 
-        `ref` names the upload: one that broke off continues where it stopped, and two of the same ref exclude
-        each other. A blob that is there already is not read from the source; it gets the labels. containerd
+        `ref` names the upload: one that broke off continues where it stopped, and of two of the same ref one waits
+        for the other. A blob that is there already is not read from the source; it gets the labels. containerd
         checks size and digest: Integrity when they differ.
         """
         name = f"blob {descriptor.digest}"
         ref = ref or f"soci-{descriptor.digest}"
-        upload = _Upload(self._caller, self._stub, ref, name)
+        deadline = time.monotonic() + LONG_CALL_TIMEOUT_S
         try:
-            with upload:
-                written = upload.run(descriptor, source, labels or {})
+            while True:
+                try:
+                    with _Upload(self._caller, self._stub, ref, name) as upload:
+                        return upload.run(descriptor, source, labels or {})
+                except _Locked:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(_LOCKED_PAUSE_S)
         except AlreadyExists:
             if labels:
                 self.update_labels(descriptor.digest, labels)
@@ -105,7 +118,6 @@ class Content:
         except Integrity:
             self.abort(ref)  # or the next try would continue behind the bad bytes
             raise
-        return written
 
     def abort(self, ref: str) -> None:
         """Forget an upload that broke off; a no-op when there is none."""
@@ -190,7 +202,11 @@ class _Upload:
         except StopIteration:
             raise Remote(f"{self._name}: containerd ended the upload; check its log") from None
         except grpc.RpcError as error:
-            raise self._caller.translate(error, self._name) from None
+            told = self._caller.translate(error, self._name)
+            # containerd's words (content/local/locks.go); the code alone also means that it is not there.
+            if isinstance(told, Remote) and " locked for " in str(told):
+                raise _Locked(str(told)) from None
+            raise told from None
 
 
 def _pieces(chunks: Iterable[Buffer]) -> Iterator[bytes]:

@@ -68,6 +68,7 @@ class WrittenZtoc:
     layer_size: int
     diff_id: Digest
     uncompressed_size: int
+    spans: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,15 @@ def write_ztoc(
         layer = _scan(chunks, aside, compression, span_size, expected, sink)
         size, pieces = _encode(layer, aside, build_tool)
         digest = _write(pieces, output)
-    return WrittenZtoc(digest, size, layer.digest, layer.size, layer.diff_id, layer.uncompressed_size)
+    return WrittenZtoc(
+        digest=digest,
+        size=size,
+        layer_digest=layer.digest,
+        layer_size=layer.size,
+        diff_id=layer.diff_id,
+        uncompressed_size=layer.uncompressed_size,
+        spans=len(layer.span_digests),
+    )
 
 
 def build_ztoc(
@@ -265,7 +274,7 @@ def _uncompressed(
     with _Beside(diff.update) as hashing, _Beside(spans.update) as digesting:
         for chunk in chunks:
             if tar.fed == 0 and chunk.startswith(MAGIC):
-                raise Integrity("the layer is gzip, but its media type says that it is not compressed")
+                raise Unsupported("it is gzip, but its media type says that it is not compressed")
             start, end = tar.fed, tar.fed + len(chunk)
             tar.feed(chunk)
             hashing.put(chunk)

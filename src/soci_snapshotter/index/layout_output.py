@@ -134,14 +134,21 @@ def _directory(path: Path, blobs: Iterable[Blob], index: bytes) -> None:
 
 def _extend(path: Path, blobs: Iterable[Blob], index: bytes) -> None:
     """Blobs first, index.json last: whoever reads it meanwhile sees the old image or the new one."""
-    for blob in blobs:
-        target = path / _place(blob.digest)
-        if not target.is_file() or target.stat().st_size != blob.descriptor.size:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _replace(target, blob.pieces())
-    if not (path / LAYOUT_FILE).is_file():
-        _replace(path / LAYOUT_FILE, (_MARKER,))
-    _replace(path / INDEX_FILE, (index,))
+    new: list[Path] = []
+    try:
+        for blob in blobs:
+            target = path / _place(blob.digest)
+            if not target.is_file() or target.stat().st_size != blob.descriptor.size:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _replace(target, blob.pieces())
+                new.append(target)
+        if not (path / LAYOUT_FILE).is_file():
+            _replace(path / LAYOUT_FILE, (_MARKER,))
+        _replace(path / INDEX_FILE, (index,))
+    except BaseException:
+        for target in new:
+            target.unlink(missing_ok=True)
+        raise
     _sync(path)
 
 
