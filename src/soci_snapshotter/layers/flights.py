@@ -32,6 +32,9 @@ from soci_snapshotter.store.layerfiles import SpanFile
 _log = logging.getLogger(__name__)
 
 GUESS_SECONDS = 2.0  # a program that starts is elsewhere by then
+NO_ROOM_SECONDS = (
+    60.0  # a disk that is full takes a small span now and then: that is still the same full disk
+)
 SPAN_RETRIES = 1  # a digest mismatch may be a bad proxy or a torn answer; twice the same is the blob
 
 
@@ -89,7 +92,7 @@ class Flights:
         self._parking = parking
         self._headers = headers
         self._full = counters.count("disk_full")
-        self._no_room = False  # whether the last span that came was not kept
+        self._no_room = float("-inf")  # when a span was last not kept
         self._on_landed = on_landed
         self._on_lie = on_lie
         self._retired: Callable[[], None] | None = None
@@ -297,7 +300,6 @@ class Flights:
 
     def _landed(self, flight: Flight, span: int) -> None:
         """`span` is marked: answer those who waited for nothing else."""
-        self._no_room = False
         self._arrived(flight, span)
         self._on_landed()
 
@@ -305,8 +307,9 @@ class Flights:
         """The disk does not take `span`, whose verified bytes are `data`: those who wait get them from here, and the next
         reader fetches them again. Raises `why` when nobody waits.
         """
-        if not self._no_room:
-            self._no_room = True
+        now = time.monotonic()
+        since, self._no_room = now - self._no_room, now
+        if since > NO_ROOM_SECONDS:
             self._full.add()
             _log.error(
                 "the disk takes no spans: they are served without being kept until it does",
