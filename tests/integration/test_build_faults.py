@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -26,6 +28,7 @@ from soci_snapshotter.containerd.client import ContainerdClient
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci, sociindex
 from soci_snapshotter.formats.digest import Digest
+from soci_snapshotter.store.artifacts import Artifacts, IndexRecord
 from soci_snapshotter.store.content import ContentStore
 
 pytestmark = pytest.mark.root
@@ -224,8 +227,8 @@ def test_several_at_once_do_no_harm(
 
 @pytest.fixture(scope="module")
 def big(registry: RunningRegistry, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An image of two layers of 64 MB in the registry: what the sockets take of them does not matter."""
-    layers = [layer_from_tar(tar_of(each, size=64 << 20), "none") for each in ("a", "b")]
+    """An image of two layers of 32 MB in the registry: what the sockets take of them does not matter."""
+    layers = [layer_from_tar(tar_of(each, size=32 << 20), "none") for each in ("a", "b")]
     push(write_layout(tmp_path_factory.mktemp("big"), layers), f"{registry.host}/big:1")
     return "big:1"
 
@@ -310,6 +313,22 @@ def test_a_full_store_keeps_what_it_had(
     assert list((small / "root/content/ingest").iterdir()) == []
     assert soci("index", "list", "-q").split() == [first]
     soci("index", "info", first)
+
+
+def test_a_full_disk_is_not_blamed_on_the_table(small: Path) -> None:
+    """No room for a row: an error of the system that names artifacts.sqlite, and the rows before it are there."""
+    record = IndexRecord(
+        *(digests.sha256(b"1"), "soci", "default", digests.sha256(b"i"), "x:1", "linux/amd64"),
+        *(sociindex.INDEX_V1, 1, 1),
+    )
+    with Artifacts(small / "content/artifacts.sqlite") as artifacts:
+        artifacts.add(record, only=False)
+        with contextlib.suppress(OSError), (small / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
+        with pytest.raises(OSError, match=r"No space left.*artifacts\.sqlite"):
+            artifacts.add(dataclasses.replace(record, digest=digests.sha256(b"2")), only=False)
+        assert artifacts.all() == [record]
 
 
 @pytest.mark.parametrize("form", ["oci-archive", "oci-dir"])

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.root
 
 
 @pytest.fixture(scope="module", params=[start_registry, start_oci_registry], ids=["docker-registry", "oci"])
-def registry(
+def either(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningRegistry]:
     """One without and one with the referrers API; each test has a repository of its own."""
@@ -84,11 +84,9 @@ def documents(client: RegistryClient, target: Reference) -> dict[Digest, oci.Man
     return found
 
 
-def test_create_puts_the_index_beside_the_image(
-    soci: Tool, registry: RunningRegistry, tmp_path: Path
-) -> None:
+def test_create_puts_the_index_beside_the_image(soci: Tool, either: RunningRegistry, tmp_path: Path) -> None:
     """One platform, then all: each image has its index among its referrers, whole; again changes nothing."""
-    name = f"{registry.host}/create/x:1"
+    name = f"{either.host}/create/x:1"
     layout = published(tmp_path, name)
     target = reference.parse(name)
     made = indexes_in(soci("create", "-p", "linux/arm64", name))
@@ -119,14 +117,14 @@ def test_convert_to_a_tag_beside_it(soci: Tool, registry: RunningRegistry, tmp_p
 
 
 def test_convert_to_another_repository_takes_layers_along(
-    soci: Tool, registry: RunningRegistry, tmp_path: Path
+    soci: Tool, either: RunningRegistry, tmp_path: Path
 ) -> None:
     """Another repository of the same registry: layers and configs are mounted there; their bytes are not sent."""
-    source, name = f"{registry.host}/from/x:1", f"{registry.host}/to/other:1"
+    source, name = f"{either.host}/from/x:1", f"{either.host}/to/other:1"
     layout = published(tmp_path, source)
-    before = len(registry.requests())
+    before = len(either.requests())
     soci("convert", "--quiet", "--all-platforms", source, name)
-    assert not any_layer_sent(registry, before, layout)
+    assert not any_layer_sent(either, before, layout)
     with RegistryClient() as client:
         assert len(documents(client, reference.parse(name))) == 4
 
