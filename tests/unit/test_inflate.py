@@ -6,6 +6,7 @@ import hashlib
 import random
 import zlib
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +19,7 @@ from soci_snapshotter.formats import zinfo, ztoc
 from soci_snapshotter.formats.zinfo import WINDOW, span_table
 from soci_snapshotter.formats.ztoc import Compression
 from soci_snapshotter.linux import checkpoints, inflate
-from soci_snapshotter.linux.inflate import ENGINE, decode_span, inflate_chunks, inflate_span
+from soci_snapshotter.linux.inflate import ENGINE, SpanDecoder, decode_span, inflate_chunks, inflate_span
 
 if TYPE_CHECKING:
     from soci_snapshotter.formats.zinfo import SpanTable
@@ -186,3 +187,24 @@ def test_decode_span_names_the_span() -> None:
     plain: SpanTable = span_table(ztoc.decode(case.ztoc))
     with pytest.raises(Integrity, match="span 1 has 5 bytes"):
         decode_span(plain, 1, b"short", None)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_spans_decode_as_their_bytes_come(case: Case) -> None:
+    """Fed in pieces of any size, empty ones too, a span is what it is in one piece; one piece less is an error."""
+    table, rng = span_table(ztoc.decode(case.ztoc)), random.Random(3)
+    for index in range(min(len(table), 6)):
+        start, end = table.compressed_range(index)
+        fetched, position = memoryview(case.layer)[start:end], table.window_position(index)
+        window = None if position is None else case.ztoc[position : position + WINDOW]
+        cuts = sorted({0, end - start, 1, *(rng.randrange(end - start) for _ in range(9))})
+        decoder, short = SpanDecoder(table, index, window), SpanDecoder(table, index, window)
+        for first, second in pairwise(cuts):
+            decoder.feed(fetched[first:second])
+            decoder.feed(b"")
+            if second < cuts[-1]:
+                short.feed(fetched[first:second])
+        assert decoder.finish() == decode_span(table, index, fetched, window)
+        if end - start - cuts[-2] > 16:  # enough that uncompressed bytes are missing
+            with pytest.raises(Integrity, match=f"span {index}"):
+                short.finish()

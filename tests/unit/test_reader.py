@@ -427,6 +427,21 @@ def test_files_close_behind_a_background_range(bench: Bench) -> None:
     assert len(bench.source.asked) == 1
 
 
+def test_a_mark_that_is_taken_back_under_a_flight_strands_nobody(bench: Bench) -> None:
+    """A range passes a span by that is here; the disk loses it, a reader joins: he is served by a flight of his own."""
+    behind = Behind(bench)
+    bench.files.live[1] = 1
+    bench.source.pieces.release(6)
+    until(lambda: bench.reader._flights._owners[2].at == 1)
+    bench.files.live[1] = 0
+    wanted = read_span(bench, 1, 1)
+    assert len(bench.source.asked) == 1
+    behind.end()
+    bench.kernel.wait(1)
+    assert bench.kernel.answers[1] == wanted
+    assert bench.source.asked[1:] == [bench.spans.compressed_range(1)]
+
+
 def test_background_ranges_leave_no_span_out_and_take_none_twice(bench: Bench) -> None:
     """Ranges of a bounded size over a layer of which some spans are here: each missing span is asked for once."""
     bench.source.gate.set()

@@ -219,8 +219,20 @@ class Flights:
             for run in self._runs(mine):
                 error = self._fly(flight, run, deadline, hold) or error
         finally:
+            self._leave_nobody(flight)
             self._ended(flight)
         return error
+
+    def _leave_nobody(self, flight: Flight) -> None:
+        """What was passed by because it was here, and whose mark the disk took back since, still has those who wait."""
+        with self.lock:
+            left = [
+                span
+                for span in range(flight.first, flight.last + 1)
+                if span in self._parking and self._owners.get(span) is flight
+            ]
+        if left:
+            self._failed(flight, left, OSError(errno.EIO, "the disk lost it"))
 
     def _ended(self, flight: Flight) -> None:
         """`flight` is over, or was never begun because the daemon stops."""

@@ -11,7 +11,7 @@ from soci_snapshotter.errors import Integrity, Unsupported
 from soci_snapshotter.formats.digest import Buffer
 from soci_snapshotter.formats.zinfo import WINDOW, SpanTable
 from soci_snapshotter.layers.checking import HeaderCheck
-from soci_snapshotter.linux.inflate import decode_span
+from soci_snapshotter.linux.inflate import SpanDecoder
 from soci_snapshotter.store.layerfiles import SpanFile
 
 MAX_SPAN_COMPRESSED = 64 << 20
@@ -33,7 +33,9 @@ def check_sizes(spans: SpanTable) -> None:
 
 
 class SpanIntake:
-    """Takes the bytes of spans first..last in order; each span that is whole is checked, inflated, written, told."""
+    """Takes the bytes of spans first..last in order, hashing and inflating as they come; each span that is whole and has
+    its digest is written and told. What was inflated until then is bounded by the ztoc's sizes, and seen by nobody.
+    """
 
     def __init__(
         self,
@@ -58,9 +60,6 @@ class SpanIntake:
         self._landed = landed
         self._unstored = unstored
         self._headers = headers
-        self._buffer = (
-            bytearray()
-        )  # as long as the longest span so far; `_held` bytes of the current one are in it
         self._start = spans.compressed_range(first)[0]
         self._begin(b"")
 
@@ -91,38 +90,48 @@ class SpanIntake:
         self._start, self._size, self._held = start, end - start, 0
         self._undigested = self._spans.digest_range(self.span)[0] - start
         self._hash = hashlib.sha256()
-        if len(self._buffer) < self._size:
-            self._buffer = bytearray(self._size)
+        self._wrong: Integrity | None = None
+        self._decoder = None
+        if not self._files.live[self.span]:  # another flight may have been faster
+            self._decoder = SpanDecoder(self._spans, self.span, self._window())
         self._put(carried)
 
+    def _window(self) -> bytes | None:
+        position = self._spans.window_position(self.span)
+        window = None if position is None else os.pread(self._windows_fd, WINDOW, position)
+        if window is not None and len(window) != WINDOW:
+            raise Integrity(f"span {self.span}: the ztoc file ends inside its window")
+        return window
+
     def _put(self, piece: Buffer) -> None:
-        """Keep and hash a piece as it comes: a reader waits for what is left to do when the last one is here."""
-        before, self._held = self._held, self._held + len(piece)
-        self._buffer[before : self._held] = piece
-        skip = max(self._undigested - before, 0)
-        self._hash.update(memoryview(piece)[skip:] if skip else piece)
+        """Hash and inflate a piece as it comes: a reader waits for what is left to do when the last one is here."""
+        view = memoryview(piece)
+        skip = max(self._undigested - self._held, 0)
+        self._held += len(view)
+        self._hash.update(view[skip:] if skip else view)
+        self._final = view[-1:].tobytes()
+        if self._decoder is not None and self._wrong is None:
+            try:
+                self._decoder.feed(view)
+            except Integrity as error:  # told when the digest is right; else that is what is wrong
+                self._wrong = error
 
     def _take(self) -> None:
-        with memoryview(self._buffer) as view:
-            if not self._files.live[self.span]:  # another flight may have been faster
-                self._store(view[: self._size])
-            self.span += 1
-            if self.span <= self._last:
-                shared = self._start + self._size - self._spans.compressed_range(self.span)[0]
-                carried = bytes(view[self._size - shared : self._size])
+        if self._decoder is not None and not self._files.live[self.span]:
+            self._store(self._decoder)
+        end, final = self._start + self._size, self._final
+        self.span += 1
         if self.span <= self._last:
-            self._begin(carried)
+            self._begin(final if self._spans.compressed_range(self.span)[0] < end else b"")
 
-    def _store(self, fetched: memoryview) -> None:
+    def _store(self, decoder: SpanDecoder) -> None:
         spans, span = self._spans, self.span
         found = self._hash.hexdigest()
         if f"sha256:{found}" != spans.digest(span):
             raise Integrity(f"span {span}: its bytes have digest sha256:{found}, not {spans.digest(span)}")
-        position = spans.window_position(span)
-        window = None if position is None else os.pread(self._windows_fd, WINDOW, position)
-        if window is not None and len(window) != WINDOW:
-            raise Integrity(f"span {span}: the ztoc file ends inside its window")
-        data = decode_span(spans, span, fetched, window)
+        if self._wrong is not None:
+            raise self._wrong
+        data = decoder.finish()
         # The last span goes on behind the tar's end blocks, to the end of the stream: that belongs to the DiffID.
         with self._headers.arriving(span, data) if self._headers else nullcontext():
             refusal = self._write(spans.uncompressed_range(span)[0], memoryview(data))

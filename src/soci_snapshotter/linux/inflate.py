@@ -57,23 +57,53 @@ def decode_span(table: SpanTable, index: int, fetched: Buffer, window: Buffer | 
     may be longer than its `uncompressed_range`, by what follows the tar's end (at most MAX_TAIL). The digest
     of `fetched` is the caller's to check. Integrity if the bytes do not decode to just that.
     """
-    start, end = table.uncompressed_range(index)
-    if table.compression is Compression.UNCOMPRESSED:
-        data = bytes(fetched)
-        if len(data) != end - start:
-            raise Integrity(f"span {index} has {len(data)} bytes, not {end - start}")
-        return data
-    try:
-        return inflate_span(
-            fetched,
-            window=window,
-            bits=table.bits(index),
-            expected=end - start,
-            last=table.is_last(index),
-            whole_member=index == 0 and table.implied_header,
-        )
-    except Integrity as e:
-        raise Integrity(f"span {index}: {e}") from None
+    decoder = SpanDecoder(table, index, window)
+    decoder.feed(fetched)
+    return decoder.finish()
+
+
+class SpanDecoder:
+    """decode_span, for bytes that come in pieces. It holds the uncompressed bytes, never more than the table says."""
+
+    def __init__(self, table: SpanTable, index: int, window: Buffer | None) -> None:
+        start, end = table.uncompressed_range(index)
+        self._index, self._expected = index, end - start
+        self._parts: list[bytes] = []
+        self._plain = 0  # bytes of a span that is not compressed
+        self._inflater: SpanInflater | None = None
+        if table.compression is not Compression.UNCOMPRESSED:
+            self._inflater = SpanInflater(
+                window=window,
+                bits=table.bits(index),
+                expected=self._expected,
+                last=table.is_last(index),
+                whole_member=index == 0 and table.implied_header,
+                step=max(self._expected + 1, CHUNK),
+            )
+
+    def feed(self, piece: Buffer) -> None:
+        """Take the next bytes of the span. Integrity as soon as they are wrong."""
+        try:
+            if self._inflater is not None:
+                self._parts.extend(self._inflater.feed(piece))
+                return
+            self._parts.append(bytes(piece))
+        except Integrity as e:
+            raise Integrity(f"span {self._index}: {e}") from None
+        self._plain += len(self._parts[-1])
+        if self._plain > self._expected:
+            raise Integrity(f"span {self._index} has {self._plain} bytes, not {self._expected}")
+
+    def finish(self) -> bytes:
+        """All of it. Integrity when something is missing."""
+        if self._inflater is not None:
+            try:
+                self._inflater.finish()
+            except Integrity as e:
+                raise Integrity(f"span {self._index}: {e}") from None
+        elif self._plain != self._expected:
+            raise Integrity(f"span {self._index} has {self._plain} bytes, not {self._expected}")
+        return b"".join(self._parts)
 
 
 def inflate_span(
@@ -120,26 +150,62 @@ def inflate_chunks(
     up to MAX_TAIL longer than `expected`; zeros after the last member are ignored. Integrity when it is not
     so; what was yielded by then is to be thrown away.
     """
-    state = _Members(window, engine, raw=not whole_member)
-    limit = expected + (MAX_TAIL if last else 0)
-    total = 0
+    inflater = SpanInflater(
+        window=window,
+        bits=bits,
+        expected=expected,
+        last=last,
+        whole_member=whole_member,
+        engine=engine,
+        step=step,
+    )
     for chunk in chunks:
+        yield from inflater.feed(chunk)
+    inflater.finish()
+
+
+class SpanInflater:
+    """The state of `inflate_chunks`, fed by its caller."""
+
+    def __init__(
+        self,
+        *,
+        window: Buffer | None,
+        bits: int,
+        expected: int,
+        last: bool,
+        whole_member: bool,
+        engine: Engine = ENGINE,
+        step: int = CHUNK,
+    ) -> None:
+        self._state = _Members(window, engine, raw=not whole_member)
+        self._bits = bits
+        self._expected = expected
+        self._last = last
+        self._limit = expected + (MAX_TAIL if last else 0)
+        self._step = step
+        self._total = 0
+
+    def feed(self, chunk: Buffer) -> Iterator[bytes]:
+        """What the next bytes inflate to; to be exhausted. Integrity for a bad stream, and for more than promised."""
         data = memoryview(chunk).cast("B")
-        if bits and len(data):
-            pieces: tuple[Buffer, ...] = (resume_prefix(bits, data[0]), data[1:])
-            bits = 0
-        else:
-            pieces = (data,)
+        pieces: tuple[Buffer, ...] = (data,)
+        if self._bits and len(data):
+            pieces = (resume_prefix(self._bits, data[0]), data[1:])
+            self._bits = 0
         for piece in pieces:
-            for out in state.feed(piece, step):
-                total += len(out)
-                if total > limit:
-                    raise Integrity(f"inflates to more than the {expected} bytes promised")
+            for out in self._state.feed(piece, self._step):
+                self._total += len(out)
+                if self._total > self._limit:
+                    raise Integrity(f"inflates to more than the {self._expected} bytes promised")
                 yield out
-    if total < expected:
-        raise Integrity(f"inflates to {total} bytes, not the {expected} promised")
-    if last and not state.finished:
-        raise Integrity("the gzip stream is truncated")
+
+    def finish(self) -> None:
+        """Integrity when something is missing."""
+        if self._total < self._expected:
+            raise Integrity(f"inflates to {self._total} bytes, not the {self._expected} promised")
+        if self._last and not self._state.finished:
+            raise Integrity("the gzip stream is truncated")
 
 
 class _Members:
