@@ -16,7 +16,18 @@ the round trip that a flight of its own costs: 1 MiB is 17 ms at 500 Mbit/s."""
 class Flight:
     """Spans first..last (inclusive) of a layer. The reader's lock guards it, `received` excepted (written by one)."""
 
-    __slots__ = ("at", "born", "fetched", "first", "held", "last", "priority", "received", "started")
+    __slots__ = (
+        "at",
+        "born",
+        "fetched",
+        "first",
+        "held",
+        "last",
+        "priority",
+        "received",
+        "served",
+        "started",
+    )
 
     def __init__(self, run: Run, priority: Priority) -> None:
         self.first, self.last = run
@@ -29,6 +40,8 @@ class Flight:
         """Bytes received, those of repeated requests included."""
         self.received = 0
         """Up to which offset of the blob its bytes have come."""
+        self.served = -1
+        """The span whose bytes readers got before they were written."""
         self.held = False
         """It waits until readers have what they need."""
 

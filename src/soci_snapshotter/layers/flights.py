@@ -260,6 +260,7 @@ class Flights:
                 run.last,
                 landed,
                 self._headers,
+                verified=partial(self._verified, flight),
                 unstored=partial(self._unstored, flight),
             )
             flight.at, flight.received = span, intake.byte_range[0]
@@ -310,6 +311,14 @@ class Flights:
             )
             return flight.held
 
+    def _verified(self, flight: Flight, span: int, begin: int, data: Buffer) -> None:
+        """The bytes of `span`, `data`, are right and about to be written: answer those who wait for nothing else."""
+        with self.lock:
+            ready = self._parking.land_early(span, (begin, memoryview(data)))
+            if ready:
+                flight.served = span
+        self._parking.answer(ready)
+
     def _landed(self, flight: Flight, span: int) -> None:
         """`span` is marked: answer those who waited for nothing else."""
         self._arrived(flight, span)
@@ -327,19 +336,19 @@ class Flights:
                 "the disk takes no spans: they are served without being kept until it does",
                 extra={"layer": self.name, "error": str(why)},
             )
-        if not self._arrived(flight, span, (begin, memoryview(data))):
-            raise why
-
-    def _arrived(self, flight: Flight, span: int, unkept: tuple[int, memoryview] | None = None) -> bool:
-        """Answer those who waited for nothing else; False, and nothing done, if `unkept` is given and nobody waits."""
         with self.lock:
-            if unkept is not None and span not in self._parking:
-                return False
+            wanted = span in self._parking or flight.served == span
+        if not wanted:
+            raise why
+        self._arrived(flight, span, (begin, memoryview(data)))
+
+    def _arrived(self, flight: Flight, span: int, unkept: tuple[int, memoryview] | None = None) -> None:
+        """`span` is here, or only passes by: answer those who waited for nothing else."""
+        with self.lock:
             self.counts.spans[flight.priority] += 1
             self._owners.pop(span, None)
             ready = self._parking.land(span, unkept)
         self._parking.answer(ready)
-        return True
 
     def _condemn(self, lie: str) -> None:
         """The table of contents was proven wrong: EIO to everybody who waits or comes later; no flight starts."""

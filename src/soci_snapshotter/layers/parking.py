@@ -46,6 +46,8 @@ class Parked:
         """The request's bytes: from data.tar, but for those that were kept."""
         if not self.kept:
             return os.pread(fd, self.size, self.offset)
+        if len(self.kept) == 1 and len(self.kept[0][1]) == self.size:
+            return self.kept[0][1]
         data = bytearray(os.pread(fd, self.size, self.offset))
         data.extend(bytes(self.size - len(data)))
         for position, piece in self.kept:
@@ -87,6 +89,21 @@ class Parking:
             parked.missing -= 1
             if parked.missing == 0:
                 ready.append(parked)
+        return ready
+
+    def land_early(self, span: int, verified: tuple[int, memoryview]) -> list[Parked]:
+        """The bytes of `span` are verified, and will be here: those who wait for nothing else need not wait for that."""
+        ready: list[Parked] = []
+        rest: list[Parked] = []
+        for parked in self._waiting.get(span, ()):
+            (ready if parked.missing == 1 else rest).append(parked)
+        for parked in ready:
+            parked.keep(*verified)
+            parked.missing = 0
+        if rest:
+            self._waiting[span] = rest
+        elif ready:
+            del self._waiting[span]
         return ready
 
     def withdraw(self, spans: Iterable[int] | None = None) -> list[Parked]:

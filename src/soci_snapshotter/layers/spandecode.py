@@ -46,9 +46,11 @@ class SpanIntake:
         last: int,
         landed: Callable[[int], None],
         headers: HeaderCheck | None = None,
+        verified: Callable[[int, int, Buffer], None] | None = None,
         unstored: Callable[[int, int, Buffer, OSError], None] | None = None,
     ) -> None:
-        """`headers`: None when tar headers are not to be checked. `unstored(span, offset, bytes, why)` is told instead of
+        """`headers`: None when tar headers are not to be checked. `verified(span, offset, bytes)` is told before a span
+        is written: nobody need wait for the disk. `unstored(span, offset, bytes, why)` is told instead of
         `landed` of a verified span that the disk does not take; it may raise to give up.
         """
         self.span = first
@@ -58,6 +60,7 @@ class SpanIntake:
         self._windows_fd = windows_fd
         self._last = last
         self._landed = landed
+        self._verified = verified
         self._unstored = unstored
         self._headers = headers
         self._start = spans.compressed_range(first)[0]
@@ -134,6 +137,8 @@ class SpanIntake:
         data = decoder.finish()
         # The last span goes on behind the tar's end blocks, to the end of the stream: that belongs to the DiffID.
         with self._headers.arriving(span, data) if self._headers else nullcontext():
+            if self._verified is not None:
+                self._verified(span, spans.uncompressed_range(span)[0], data)
             refusal = self._write(spans.uncompressed_range(span)[0], memoryview(data))
         if refusal is None:
             self._landed(span)
