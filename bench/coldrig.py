@@ -49,6 +49,7 @@ class Rig:
         suffix = "" if snapshotter == OURS else f"-{snapshotter}"
         node.pull(snapshotter, f"{self.proxy.host}/{REPOSITORY}{suffix}:1")
         drop_caches()
+        self.place.warm()
         return node.mount(snapshotter, self.chain, f"cold-{snapshotter}")
 
 
