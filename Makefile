@@ -13,7 +13,7 @@ demo: deps setup
 	$(BIN)/python -m harness.demo $(if $(LINK),--link $(LINK)) $(DEMO_ARGS)
 
 test: test-deps setup
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	scripts/run-tests $(ARGS)
 
 test-full: test-deps setup
 	$(BIN)/pytest $(ARGS)
