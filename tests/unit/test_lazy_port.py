@@ -15,6 +15,7 @@ from tests.unit.test_why import CONVERTED, DOCUMENTS, REFERENCE, VECTOR, ZTOC, S
 from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci
+from soci_snapshotter.layers.eager import Filled
 from soci_snapshotter.layers.lazy import SIZE_LABEL, Lazy
 from soci_snapshotter.layers.openlayer import LayerKey
 from soci_snapshotter.layers.openlayers import Mounted, OpenLayers
@@ -57,7 +58,13 @@ class Table:
         yield {number: Path(f"/m/{number}") for number in numbers}
 
     def prepare(
-        self, key: LayerKey, reference: str, lowers: Sequence[Path], layer_size: int | None, claim: Claim
+        self,
+        key: LayerKey,
+        reference: str,
+        lowers: Sequence[Path],
+        layer_size: int | None,
+        claim: Claim,
+        filled: Filled | None = None,
     ) -> Mounted | Declined:
         assert lowers == [Path("/lower")]
         self.claims.append(claim)

@@ -6,6 +6,7 @@ for is accepted (COMPATIBILITY.md lists those). 0 means the default for most num
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, Literal
 import msgspec
 
 from soci_snapshotter.errors import Config as ConfigError
+from soci_snapshotter.errors import Invalid
+from soci_snapshotter.policy.eager import ALGORITHMS, parse_size
 
 DEFAULT_PATH = Path("/etc/soci-snapshotter-grpc/config.toml")
 _FILE_LIMIT = 1 << 20  # a hand-written file; anything larger is not one
@@ -206,10 +209,7 @@ class Config(msgspec.Struct, frozen=True):
 _NOT_YET = (
     ("cri_keychain.enable_keychain", lambda c: c.cri_keychain.enable_keychain),
     ("kubeconfig_keychain.enable_keychain", lambda c: c.kubeconfig_keychain.enable_keychain),
-    ("pull_modes.parallel_pull_unpack.enable", lambda c: c.pull_modes.parallel_pull_unpack.enable),
     ("resolver.host", lambda c: bool(c.resolver.host)),
-    ("snapshotter.min_layer_size", lambda c: bool(c.snapshotter.min_layer_size)),
-    ('content_store.type = "containerd"', lambda c: c.content_store.type == "containerd"),
 )
 
 
@@ -263,6 +263,34 @@ def _check(config: Config, name: str) -> None:
                 raise ConfigError(f"{name}: {section_name}.{field} = {value}: must not be negative")
     if config.mount_timeout_sec < 0:
         raise ConfigError(f"{name}: mount_timeout_sec = {config.mount_timeout_sec}: must not be negative")
+    _check_parallel(config, name)
+
+
+def _check_parallel(config: Config, name: str) -> None:
+    section, parallel = "pull_modes.parallel_pull_unpack", config.pull_modes.parallel_pull_unpack
+    try:
+        parse_size(parallel.concurrent_download_chunk_size)
+    except Invalid as error:
+        raise ConfigError(f"{name}: {section}.concurrent_download_chunk_size: {error}") from None
+    on = {
+        "enable": parallel.enable,
+        "experimental_parallel_pull_as_fallback": parallel.experimental_parallel_pull_as_fallback,
+    }
+    kept = config.content_store.type == "containerd" or parallel.discard_unpacked_layers
+    for key, value in on.items():
+        if value and not kept:
+            raise ConfigError(
+                f'{name}: {section}.{key}: needs content_store.type = "containerd", or {section}.'
+                "discard_unpacked_layers = true"
+            )
+    for algorithm, stream in parallel.decompress_streams.items():
+        key = f"{section}.decompress_streams.{algorithm}"
+        if algorithm not in ALGORITHMS:
+            raise ConfigError(f"{name}: {key}: no such algorithm; known are {', '.join(ALGORITHMS)}")
+        if not os.path.isabs(stream.path):
+            raise ConfigError(f"{name}: {key}.path = {stream.path!r}: must be an absolute path")
+        if not (os.path.isfile(stream.path) and os.access(stream.path, os.X_OK)):
+            raise ConfigError(f"{name}: {key}.path = {stream.path!r}: is no program that can be run")
 
 
 def _spoken(text: str) -> str:

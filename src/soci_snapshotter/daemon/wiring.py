@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,16 +16,23 @@ import grpc
 
 from soci_snapshotter.containerd.stubs.snapshots_pb2_grpc import add_SnapshotsServicer_to_server
 from soci_snapshotter.daemon.config import Config
-from soci_snapshotter.daemon.fetching import background_rules, flight_limit
+from soci_snapshotter.daemon.fetching import background_rules, eager_rules, flight_limit
 from soci_snapshotter.daemon.introspection import Parts, introspection
 from soci_snapshotter.daemon.snapshots_service import SnapshotsService
 from soci_snapshotter.errors import Config as ConfigError
 from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference as references
+from soci_snapshotter.formats.digest import Digest
+from soci_snapshotter.formats.reference import Reference
+from soci_snapshotter.index.create import BUILD_TOOL, DEFAULT_SPAN_SIZE
 from soci_snapshotter.layers.background import Background
 from soci_snapshotter.layers.complete import Completer
+from soci_snapshotter.layers.eager import EagerPulls, Tools
 from soci_snapshotter.layers.flights import RangeSource
+from soci_snapshotter.layers.freeindex import FreeIndexes
+from soci_snapshotter.layers.images import Images
+from soci_snapshotter.layers.keeping import ContainerdKeeper
 from soci_snapshotter.layers.lazy import Lazy, Syncer
 from soci_snapshotter.layers.openlayer import Surroundings
 from soci_snapshotter.layers.openlayers import OpenLayers
@@ -33,8 +40,11 @@ from soci_snapshotter.layers.pool import FlightPool
 from soci_snapshotter.layers.prefetching import Prefetcher
 from soci_snapshotter.layers.reader import ReadOptions
 from soci_snapshotter.layers.resolve import DEFAULT_CACHE, IndexResolver
+from soci_snapshotter.layers.unpackers import Unpackers
+from soci_snapshotter.layers.whole import WholeLayers
 from soci_snapshotter.layers.workers import MetaWorkers
 from soci_snapshotter.policy.counters import Counters
+from soci_snapshotter.policy.eager import Eager
 from soci_snapshotter.policy.prepare import Options as PrepareOptions
 from soci_snapshotter.policy.retry import Retry
 from soci_snapshotter.registry.client import RegistryClient
@@ -52,6 +62,9 @@ from soci_snapshotter.store.content import ContentStore
 from soci_snapshotter.store.layerfiles import LayerRecord, boot_id
 
 _log = logging.getLogger(__name__)
+
+Blob = Callable[[Reference, Digest, int], BlobReader]
+"""Reads a layer's blob of that many bytes."""
 
 RPC_THREADS = 32  # calls block while a layer is resolved; an image has 10 to 30 layers
 META_WORKERS = 2  # processes that build meta.erofs at once
@@ -91,11 +104,13 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         connections = ConnectionPool(client.options.ssl_context())
         stack.callback(connections.close)
         workers = stack.enter_context(MetaWorkers(META_WORKERS))
+        images = Images(client)
+        free = FreeIndexes(root, content, images, span_size=DEFAULT_SPAN_SIZE, build_tool=BUILD_TOOL)
         releases = ThreadPoolExecutor(1, "release")
         ours: list[OpenLayers] = []
         server = FuseServer(connection, on_release=lambda node: _released(releases, ours, node))
 
-        source = partial(_source, client, connections, counters)
+        blob = partial(_blob, client, connections, counters)
         mounter = LayerMounts(stack_kind, root / "m", server, address.parent / "trees")
         options = _read_options(config)
         layers = stack.enter_context(
@@ -105,7 +120,9 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
                 workers=workers,
                 server=server,
                 mounter=mounter,
-                around=Surroundings(server, pool, options, boot_id(), source, counters),
+                around=Surroundings(
+                    server, pool, options, boot_id(), partial(_source, blob), counters, free.ztocs.keeps
+                ),
                 quota=config.snapshotter.max_cache_bytes,
             )
         )
@@ -122,9 +139,20 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         )
         prefetcher = stack.enter_context(Prefetcher(client, enabled=config.prefetch.enable))
         resolver = _resolver(config, client, counters)
-        smallest = config.snapshotter.min_layer_size
-        lazy = Lazy(layers, resolver, client, content, prefetcher, min_layer_size=smallest, counters=counters)
-        snapshotter = stack.enter_context(_snapshotter(root, lazy, discover=resolver.discovers))
+        rules = eager_rules(config)
+        lazy = Lazy(
+            layers,
+            resolver,
+            client,
+            content,
+            prefetcher,
+            min_layer_size=config.snapshotter.min_layer_size,
+            counters=counters,
+            images=images,
+            rules=rules,
+            wholes=WholeLayers(layers, images, stack.enter_context(_pulls(config, root, blob)), free),
+        )
+        snapshotter = stack.enter_context(_snapshotter(root, lazy, resolver, rules))
         layers.attach(snapshotter)
         layers.restore_mounts((number for number, _ in snapshotter.lazy_rows()), fresh=fresh)
         completer = Completer(layers)
@@ -161,22 +189,46 @@ def _make_directories(*directories: Path) -> None:
             ) from None
 
 
-def _source(
-    client: RegistryClient, connections: ConnectionPool, counters: Counters, record: LayerRecord, size: int
-) -> RangeSource:
+def _source(blob: Blob, record: LayerRecord, size: int) -> RangeSource:
     """Where a layer's bytes come from; `size` is the blob's."""
     if not record.sources:
         raise Integrity(f"layer {record.layer_digest}: no source is known")
-    reference = references.parse(record.sources[0])
-    layer = digests.parse(record.layer_digest)
+    return blob(references.parse(record.sources[0]), digests.parse(record.layer_digest), size)
+
+
+def _blob(
+    client: RegistryClient,
+    connections: ConnectionPool,
+    counters: Counters,
+    reference: Reference,
+    layer: Digest,
+    size: int,
+) -> BlobReader:
     return BlobReader(client, connections, reference, layer, size, counters.layer(str(layer)))
 
 
-def _snapshotter(root: Path, lazy: Lazy, *, discover: bool) -> Snapshotter:
+@contextmanager
+def _pulls(config: Config, root: Path, blob: Blob) -> Iterator[EagerPulls]:
+    """What pulls layers whole."""
+    with (
+        Unpackers() as unpackers,
+        EagerPulls(
+            root,
+            eager_rules(config),
+            Tools(unpackers, DEFAULT_SPAN_SIZE, BUILD_TOOL),
+            blob,
+            request_seconds=float(config.blob.fetching_timeout_sec or 300),
+            keep=ContainerdKeeper(config.content_store.containerd_address),
+        ) as pulls,
+    ):
+        yield pulls
+
+
+def _snapshotter(root: Path, lazy: Lazy, resolver: IndexResolver, rules: Eager) -> Snapshotter:
     return Snapshotter(
         os.fsencode(root / "snapshotter"),
         lazy=lazy,
-        options=PrepareOptions(discover=discover),
+        options=PrepareOptions(resolver.discovers, rules.primary or rules.fallback),
         overlay_options=overlay_options(),
     )
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Protocol
 
 from soci_snapshotter.errors import Integrity, SociError
-from soci_snapshotter.layers.openlayer import LayerKey, OpenLayer
+from soci_snapshotter.layers.openlayer import Layer, LayerKey, OpenLayer
 from soci_snapshotter.store.layerfiles import Stamp, stamp_of
 
 _log = logging.getLogger(__name__)
@@ -56,8 +56,10 @@ class Table(Protocol):
     """What the completer needs of OpenLayers."""
 
     def layers(self) -> list[OpenLayer]: ...
+    def all_layers(self) -> list[Layer]: ...
     def condemn(self, key: LayerKey, reason: str) -> None: ...
     def completed(self, layer: OpenLayer, diff_id: str, tar_size: int, stamp: Stamp) -> None: ...
+    def settle(self, key: LayerKey) -> None: ...
     def tick(self) -> None: ...
 
 
@@ -79,6 +81,9 @@ class Completer:
         for layer in self._table.layers():
             if layer.full:
                 self.submit(layer.key)
+        for whole in self._table.all_layers():
+            if whole.record.boot:
+                self.submit(whole.key)
         for thread in self._threads:
             thread.start()
         return self
@@ -133,6 +138,7 @@ class Completer:
         layer = next((layer for layer in self._table.layers() if layer.key == key), None)
         if layer is None:
             self._tries.pop(key, None)  # dropped, or complete already
+            self._table.settle(key)
             return
         if layer.reader.flying:
             raise Unfinished

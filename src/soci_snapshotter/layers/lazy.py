@@ -11,24 +11,28 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from soci_snapshotter.errors import Integrity, SociError
+from soci_snapshotter.errors import Integrity, SociError, Unsupported
 from soci_snapshotter.formats import digest as digests
-from soci_snapshotter.formats import oci
 from soci_snapshotter.formats import reference as references
 from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.formats.sociindex import SociIndex
 from soci_snapshotter.layers import ztocs
+from soci_snapshotter.layers.eager import Filled, Pull
+from soci_snapshotter.layers.images import Images
 from soci_snapshotter.layers.openlayer import LayerKey
-from soci_snapshotter.layers.openlayers import OpenLayers
+from soci_snapshotter.layers.openlayers import Mounted, OpenLayers
 from soci_snapshotter.layers.prefetching import Prefetcher
 from soci_snapshotter.layers.resolve import IndexResolver
 from soci_snapshotter.layers.timing import measured
 from soci_snapshotter.layers.turns import Turns
+from soci_snapshotter.layers.whole import Wanted, WholeLayers
 from soci_snapshotter.policy.counters import Counters
+from soci_snapshotter.policy.eager import Eager, Way
 from soci_snapshotter.policy.lazy import (
     Declined,
+    Failed,
     LazyLayer,
     LazyLower,
     LazyRequest,
@@ -44,10 +48,11 @@ _log = logging.getLogger(__name__)
 
 SIZE_LABEL = "containerd.io/snapshot/remote/soci.size"
 _DIGITS = 20  # beyond 64 bits it is no size
-_MANIFESTS = 8  # images whose layers come at the same time
 SYNC_SECONDS = 30.0
 SYNC_BYTES = 64 << 20  # how much a power loss may cost: fetched again, never wrong (HOUSE.md, Durability)
 _LOOK_SECONDS = 1.0
+_NO_CLAIM = "neither the chain nor the image's config says what the layer must be"
+_LAZY_ONLY = Eager()
 
 
 class Lazy:
@@ -63,8 +68,13 @@ class Lazy:
         *,
         min_layer_size: int = 0,
         counters: Counters | None = None,
+        images: Images | None = None,
+        rules: Eager = _LAZY_ONLY,
+        wholes: WholeLayers | None = None,
     ) -> None:
-        """`min_layer_size`: bytes; smaller layers are left to containerd."""
+        """`min_layer_size`: bytes; smaller layers are not lazy. `wholes` makes what is not lazy; without it containerd
+        does.
+        """
         self._min_layer_size = min_layer_size
         self._counters = Counters() if counters is None else counters
         self._layers = layers
@@ -73,9 +83,11 @@ class Lazy:
         self._content = content
         self._prefetcher = prefetcher
         self._turns = Turns()
-        self._manifests: dict[Digest, oci.Manifest] = {}
+        self._images = Images(client) if images is None else images
+        self._rules = rules
+        self._wholes = wholes
 
-    def prepare(self, request: LazyRequest) -> LazyLayer | Declined:
+    def prepare(self, request: LazyRequest) -> LazyLayer | Declined | Failed:
         """Mount the layer of `request`. A SociError or OSError means it could not be; nothing is left of the try."""
         started = time.monotonic()
         try:
@@ -89,27 +101,42 @@ class Lazy:
             self._counters.mounted(request.manifest_digest, request.layer_digest, now)
         return made
 
-    def _prepare(self, request: LazyRequest) -> LazyLayer | Declined:
+    def _prepare(self, request: LazyRequest) -> LazyLayer | Declined | Failed:
+        if self._rules.primary:
+            return self._whole(request, None, Way.PARALLEL, Declined("parallel_pull_unpack is enabled"))
+        index = self._index(request, references.parse(request.image_ref))
+        try:
+            made = self._lazily(request, index)
+        except (Integrity, Unsupported) as error:
+            made = Declined(f"the lazy try failed: {error}")
+            self._counters.layer("").count("fuse_mount_failure_count").add()
+            _log.warning(
+                "failed to prepare remote snapshot",
+                extra={
+                    "layer": request.layer_digest,
+                    "error": str(error),
+                    "remote-snapshot-prepared": "false",
+                },
+            )
+        if isinstance(made, LazyLayer):
+            return made
+        way = self._rules.without_index() if index is None else Way.LOCAL
+        return self._whole(request, index, way, made)
+
+    def _lazily(self, request: LazyRequest, index: SociIndex | None) -> LazyLayer | Declined:
         reference = references.parse(request.image_ref)
         layer = digests.parse(request.layer_digest)
-        index = self._index(request, reference)
         size = _stated_size(request)
         if size is None and self._min_layer_size and index is not None:
-            size = self._size(reference, digests.parse(request.manifest_digest), layer)
+            size = self._images.layer(reference, digests.parse(request.manifest_digest), layer).size
         ztoc = ztoc_of(index, layer, size, self._min_layer_size)
         if isinstance(ztoc, Declined):
             return ztoc
         claim, labels = self._claim(request, reference)
         if claim is None:
-            return Declined("neither the chain nor the image's config says what the layer must be")
+            return Declined(_NO_CLAIM)
         self._fetch_ztoc(reference, layer, ztoc)
-        lazy = [lower.mount_id for lower in request.parent_chain if isinstance(lower, LazyLower)]
-        with self._layers.pinned(lazy) as paths:
-            lowers = [
-                Path(os.fsdecode(lower.path)) if isinstance(lower, LocalLower) else paths[lower.mount_id]
-                for lower in request.parent_chain
-            ]
-            mounted = self._layers.prepare(LayerKey(layer, ztoc.digest), str(reference), lowers, size, claim)
+        mounted = self._mount(request, LayerKey(layer, ztoc.digest), size, claim)
         if isinstance(mounted, Declined):
             _log.error("layer declined: it is not what the image says", extra={"reason": mounted.reason})
             return mounted
@@ -117,6 +144,59 @@ class Lazy:
         reading = opened.lazy if opened is not None else None
         if reading is not None and index is not None and self._prefetcher is not None:
             self._prefetcher.prepared(reference, index, reading.reader)
+        return self._made(mounted, labels)
+
+    def _whole(
+        self, request: LazyRequest, index: SociIndex | None, way: Way, declined: Declined
+    ) -> LazyLayer | Declined | Failed:
+        """The layer without an index's help, if `way` is ours; `declined` says why not with it."""
+        if self._wholes is None or way is Way.DEFER:
+            return declined
+        try:
+            reference = references.parse(request.image_ref)
+            claim, labels = self._claim(request, reference)
+            if claim is None:
+                raise Integrity(f"image {reference}: layer {request.layer_digest}: {_NO_CLAIM}")
+            pull = Pull(reference, digests.parse(request.manifest_digest), request.namespace)
+            layer = digests.parse(request.layer_digest)
+            wanted = Wanted(pull, layer, index, self._min_layer_size if index is not None else 0, claim)
+            mounted = self._wholes.mounted(
+                wanted, lambda key, size, claim, filled: self._mount(request, key, size, claim, filled)
+            )
+        except (SociError, OSError) as error:
+            self._counters.layer("").count("local_mount_failure_count").add()
+            _log.warning(
+                "a layer could not be pulled whole",
+                extra={
+                    "layer": request.layer_digest,
+                    "error": str(error),
+                    "local-snapshot-prepared": "false",
+                },
+            )
+            if way is Way.PARALLEL:
+                return Failed(error if isinstance(error, SociError) else SociError(str(error)))
+            return Declined(f"{declined.reason}; and it could not be pulled whole: {error}")
+        return replace(self._made(mounted, labels), way=way)
+
+    def _mount(
+        self,
+        request: LazyRequest,
+        key: LayerKey,
+        size: int | None,
+        claim: Claim,
+        filled: Filled | None = None,
+    ) -> Mounted | Declined:
+        lazy = [lower.mount_id for lower in request.parent_chain if isinstance(lower, LazyLower)]
+        with self._layers.pinned(lazy) as paths:
+            lowers = [
+                Path(os.fsdecode(lower.path)) if isinstance(lower, LocalLower) else paths[lower.mount_id]
+                for lower in request.parent_chain
+            ]
+            return self._layers.prepare(
+                key, str(references.parse(request.image_ref)), lowers, size, claim, filled
+            )
+
+    def _made(self, mounted: Mounted, labels: dict[str, str]) -> LazyLayer:
         usage = self.usage(mounted.number)
         return LazyLayer(str(mounted.key), mounted.number, usage.size, usage.inodes, labels)
 
@@ -132,6 +212,8 @@ class Lazy:
         digest = digests.parse(request.layer_digest)
         ztoc = ztoc_of(self._index(request, reference), digest)
         if not isinstance(ztoc, Declined) and layer_key == str(LayerKey(digest, ztoc.digest)):
+            return None
+        if self._wholes is not None and self._wholes.serves(digest, layer_key):
             return None
         return "another image's layer has the same chain ID, and is not complete yet: it may be a lie"
 
@@ -169,39 +251,11 @@ class Lazy:
         )
         if claim.provable:
             return claim, {}
-        diff_id = self._diff_id(reference, digests.parse(request.manifest_digest), request.layer_digest)
+        manifest, layer = digests.parse(request.manifest_digest), digests.parse(request.layer_digest)
+        diff_id = self._images.diff_id(reference, manifest, layer)
         if diff_id is None:
             return None, {}
         return replace(claim, diff_id=diff_id), {DIFF_ID: diff_id}
-
-    def _size(self, reference: Reference, digest: Digest, layer: str) -> int | None:
-        """Bytes of the layer's blob, as the image's manifest says."""
-        layers = self._manifest(reference, digest).layers
-        return next((descriptor.size for descriptor in layers if descriptor.digest == layer), None)
-
-    def _manifest(self, reference: Reference, digest: Digest) -> oci.Manifest:
-        """The image's manifest, asked for once by however many layers."""
-        with self._turns.turn(digest):
-            known = self._manifests.get(digest)
-            if known is None:
-                described = self._client.resolve(reference.with_digest(digest))
-                fetched = oci.decode_manifest(self._client.fetch(reference, described, oci.MANIFEST_LIMIT))
-                if not isinstance(fetched, oci.Manifest):
-                    raise Integrity(f"{reference}: {digest} is an index, not the manifest of an image")
-                known = self._manifests[digest] = fetched
-                for old in list(self._manifests)[:-_MANIFESTS]:
-                    self._manifests.pop(old, None)
-            return known
-
-    def _diff_id(self, reference: Reference, digest: Digest, layer: str) -> str | None:
-        """The DiffID that the image's config gives the layer, None when it gives none, or several."""
-        manifest = self._manifest(reference, digest)
-        config = oci.decode_config(self._client.fetch(reference, manifest.config, oci.CONFIG_LIMIT))
-        if len(config.diff_ids) != len(manifest.layers):
-            return None
-        pairs = zip(manifest.layers, config.diff_ids, strict=True)
-        named = {str(diff_id) for descriptor, diff_id in pairs if descriptor.digest == layer}
-        return named.pop() if len(named) == 1 else None
 
     def _fetch_ztoc(self, reference: Reference, layer: Digest, ztoc: Descriptor) -> None:
         with self._turns.turn(ztoc.digest):

@@ -62,6 +62,8 @@ class Surroundings:
     source: Callable[[LayerRecord, int], RangeSource]
     """Makes the source of a layer's bytes from its record and its compressed size."""
     counters: Counters = field(default_factory=Counters)
+    keeps: Callable[[Digest], bool] = lambda ztoc: False
+    """Whether a ztoc stays in the content store though no layer uses it."""
 
 
 class OpenLayer:
@@ -218,6 +220,14 @@ class Layer:
         """What data.tar looks like now."""
         return stamp_of(os.lstat(self.data))
 
+    def flush(self) -> None:
+        """Wait until data.tar is on the disk, its times, too. Raises OSError."""
+        fd = os.open(self.data, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def close(self) -> None:
         """Close what is open."""
         if self.lazy is not None:
@@ -233,7 +243,9 @@ class Layer:
         First what says that bytes are here goes, durably, then the bytes.
         """
         record = self.record.all_superseded()
-        self.save(msgspec.structs.replace(record, diff_id="", tar_size=0, stamp=None, condemned=False))
+        self.save(
+            msgspec.structs.replace(record, diff_id="", tar_size=0, stamp=None, condemned=False, boot="")
+        )
         self.remove_marks()
         sync_directory(self.directory)
         self.data.unlink(missing_ok=True)

@@ -26,10 +26,13 @@ from types import TracebackType
 import msgspec
 
 from soci_snapshotter.errors import SociError
+from soci_snapshotter.formats.digest import Digest
+from soci_snapshotter.layers.donors import Donor, adopt, borrow
+from soci_snapshotter.layers.eager import Filled
 from soci_snapshotter.layers.meta import MetaRequest, MetaResult
 from soci_snapshotter.layers.mountpoints import Mounter
 from soci_snapshotter.layers.openlayer import Layer, LayerKey, OpenLayer, Surroundings
-from soci_snapshotter.layers.proving import Book, Prover, believed
+from soci_snapshotter.layers.proving import LOST, Book, Prover, believed
 from soci_snapshotter.layers.shelf import FlatServer, Shelf
 from soci_snapshotter.layers.timing import measured
 from soci_snapshotter.layers.workers import MetaWorkers
@@ -46,7 +49,6 @@ from soci_snapshotter.store.layerfiles import (
     layer_directory,
     read_record,
     scan,
-    stamp_of,
     sync_directory,
     write_record,
 )
@@ -145,13 +147,28 @@ class OpenLayers:
         """The layer that a row's number stands for."""
         return self._shelf.of_number(number)
 
+    def made(self, layer: Digest) -> LayerKey | None:
+        """The key under which this layer is here, filled as one stream and still whole."""
+        for other in self._shelf.all():
+            record = other.record
+            if other.key.layer == layer and record.made and record.complete and not record.lie:
+                return other.key if self._content.exists(other.key.ztoc) else None
+        return None
+
     def prepare(
-        self, key: LayerKey, reference: str, lowers: Sequence[Path], layer_size: int | None, claim: Claim
+        self,
+        key: LayerKey,
+        reference: str,
+        lowers: Sequence[Path],
+        layer_size: int | None,
+        claim: Claim,
+        filled: Filled | None = None,
     ) -> Mounted | Declined:
         """Have the layer mounted above `lowers` (topmost first) and take one reference on the mount.
 
         `layer_size`: bytes of the blob as its descriptor says, if known; the ztoc must agree. A layer that is known not
         to be what `claim` says is declined; bytes that are known to be what it says are taken from where they are.
+        `filled`: the layer as it was just pulled whole, its ztoc made from these very bytes.
 
         The ztoc is in the content store. Raises Integrity, Unsupported or OSError; then nothing is left behind.
         """
@@ -165,10 +182,14 @@ class OpenLayers:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             layer = known
             try:
-                donor = self._borrow(directory, claim) if known is None else None
+                donor = None
+                if known is None and filled is not None:
+                    donor = adopt(filled, directory, os.fsdecode(self._around.boot))
+                elif known is None:
+                    donor = borrow(self._shelf.proven(claim), directory)
                 with measured(self._counters(key).duration("init_metadata_store")):
                     meta = self._build_meta(key, directory, lowers, layer_size, donor)
-                if donor is not None and donor.stamp is not None and donor.stamp.size < meta.data_size:
+                if donor is not None and donor.stamp.size < meta.data_size:
                     donor = None  # the last block is not whole there; the link is replaced
                     (directory / "data.tar").unlink()
                 if layer is None:
@@ -248,6 +269,12 @@ class OpenLayers:
             self._judge(layer)
             self._shelf.show_local(layer)
 
+    def settle(self, key: LayerKey) -> None:
+        """Have the bytes of a layer that was filled as one stream on the disk. Raises OSError; then it is lost."""
+        layer = self._shelf.find(key)
+        if layer is not None and layer.record.boot:
+            self._prover.settle(layer, lambda: self._shelf.turns.turn(key))
+
     def condemn(self, key: LayerKey, reason: str) -> None:
         """The ztoc does not say what is in the layer: reads fail, its snapshots are not used, it is declined from now on.
 
@@ -280,7 +307,9 @@ class OpenLayers:
         idle = [
             Idle(layer.key, since, sizes[layer.key])
             for layer in layers
-            if (since := self._shelf.idle_since(layer, handed)) is not None and since <= latest
+            if layer.record.by_span
+            and (since := self._shelf.idle_since(layer, handed)) is not None
+            and since <= latest
         ]
         for key in choose(idle, used=used, quota=self._quota):
             with self._shelf.turns.turn(key):
@@ -299,9 +328,8 @@ class OpenLayers:
                 continue
             try:
                 layer = Layer(directory, read_record(directory))
-                if layer.record.complete and not believed(layer):
-                    layer.forget_bytes()
-                    self.counts["layers_refilled"] += 1
+                if layer.record.complete and not believed(layer, os.fsdecode(self._around.boot)):
+                    self._disbelieve(layer)
                 # Each mount opened the node once, before this process: without that count one of two mounts that
                 # goes would look like the last. Nothing is open on a fresh connection.
                 readers = layer.record.through_fuse()
@@ -365,8 +393,9 @@ class OpenLayers:
         directory: Path,
         lowers: Sequence[Path],
         layer_size: int | None,
-        donor: LayerRecord | None,
+        donor: Donor | None,
     ) -> MetaResult:
+        compare = donor is not None and not donor.made
         return self._workers.build(
             MetaRequest(
                 ztoc_path=str(self._content.path(key.ztoc)),
@@ -375,31 +404,13 @@ class OpenLayers:
                 directory=str(directory),
                 layer_size=layer_size,
                 lowers=tuple(os.fsencode(lower) for lower in lowers),
-                whole="" if donor is None else str(directory / "data.tar"),
-                whole_size=0 if donor is None else donor.tar_size,
+                whole=str(directory / "data.tar") if compare else "",
+                whole_size=donor.tar_size if compare and donor is not None else 0,
             )
         )
 
-    def _borrow(self, directory: Path, claim: Claim) -> LayerRecord | None:
-        """Link data.tar of a complete layer that is what `claim` says into `directory`; its record.
-
-        The bytes are proven; the tree stays this ztoc's own, whose every header is compared.
-        """
-        for layer in self._shelf.proven(claim):
-            target = directory / "data.tar"
-            try:
-                target.unlink(missing_ok=True)
-                os.link(layer.data, target)
-            except OSError as error:  # it went meanwhile, or has too many links
-                _log.debug("cannot share", extra={"layer": str(layer.key), "error": str(error)})
-                continue
-            if stamp_of(target.lstat()) == layer.record.stamp:
-                return layer.record
-            target.unlink()
-        return None
-
     def _new(
-        self, key: LayerKey, directory: Path, reference: str, meta: MetaResult, donor: LayerRecord | None
+        self, key: LayerKey, directory: Path, reference: str, meta: MetaResult, donor: Donor | None
     ) -> Layer:
         record = LayerRecord(
             layer_digest=str(key.layer),
@@ -410,24 +421,26 @@ class OpenLayers:
             mounts={},
         )
         if donor is not None:
-            record = msgspec.structs.replace(
-                record,
-                diff_id=donor.diff_id,
-                tar_size=donor.tar_size,
-                stamp=donor.stamp,
-                spans=donor.spans,
-                compressed_size=donor.compressed_size,
-            )
+            record = donor.give(record)
         write_record(directory, record)
         sync_directory(directory.parent)
         layer = Layer(directory, record)
         if donor is None:
             self._shelf.serve(layer)
-        else:
+        elif not donor.made:
             self.counts["layers_shared"] += 1
             _log.info("layer shared: its bytes are here already", extra={"layer": str(layer.key)})
         self._shelf.put(layer)
+        if record.boot:
+            self._full(key)  # to be settled
         return layer
+
+    def _disbelieve(self, layer: Layer) -> None:
+        if layer.record.by_span:
+            layer.forget_bytes()
+            self.counts["layers_refilled"] += 1
+        else:
+            self._prover.lost(layer)
 
     def _judge(self, layer: Layer) -> None:
         self._prover.judge(layer)
@@ -470,6 +483,8 @@ class OpenLayers:
             if there and (fresh or (layer.lazy is None and layer.whole is None)):
                 shelf.drop(layer.key, layer, layer.directory)
             return
+        if layer.record.lie == LOST:
+            self._prover.lost(layer)  # there is a book now
         if layer.record.complete:
             self._judge(layer)
             shelf.show_local(layer)

@@ -1,6 +1,6 @@
 """Who is told the truth about a layer: its claims judged, lies condemned, changed files found out (HOUSE.md, "Proof").
 
-Every function runs in the layer's turn.
+Every function runs in the layer's turn, unless it says otherwise.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import msgspec
@@ -21,6 +22,9 @@ from soci_snapshotter.store.condemned import Condemned, Entry
 from soci_snapshotter.store.layerfiles import LayerRecord, stamp_of
 
 _log = logging.getLogger(__name__)
+
+
+LOST = "its data.tar was changed by somebody else, or lost by the disk"
 
 
 class Book(Protocol):
@@ -60,6 +64,8 @@ class Prover:
     def judge(self, layer: Layer) -> None:
         """Hold a complete layer against what its snapshots say, and condemn what does not fit."""
         record = layer.record
+        if record.lie:
+            return  # whatever its bytes are
         claims = [] if self.book is None else self.book.claims(tuple(record.mounts.values()))
         if not claims:
             return
@@ -78,6 +84,29 @@ class Prover:
         claims = [] if self.book is None else self.book.claims(tuple(record.mounts.values()))
         self._condemn(layer, dict.fromkeys(claims, reason))
         self._remember(layer, Entry(record.layer_digest, record.ztoc_digest, "", reason))
+
+    def settle(self, layer: Layer, turn: Callable[[], AbstractContextManager[None]]) -> None:
+        """Write the layer's bytes to the disk: from then on a power loss does not take them. Outside the layer's turn.
+
+        Raises OSError; then they are not believed any more.
+        """
+        try:
+            layer.flush()
+        except FileNotFoundError:  # dropped
+            return
+        except OSError:
+            with turn():
+                self.lost(layer)
+            raise
+        with turn():
+            if layer.record.boot and layer.intact():
+                layer.save(msgspec.structs.replace(layer.record, boot=""))
+
+    def lost(self, layer: Layer) -> None:
+        """The bytes of a layer are gone, and cannot be fetched by spans: its snapshots are not to be used any more."""
+        layer.save(msgspec.structs.replace(layer.record, condemned=True, lie=LOST))
+        claims = [] if self.book is None else self.book.claims(tuple(layer.record.mounts.values()))
+        self._condemn(layer, dict.fromkeys(claims, f"layer {layer.record.layer_digest}: {LOST}"))
 
     def _condemn(self, layer: Layer, reasons: dict[Claim, str]) -> None:
         if self.book is None or not reasons:
@@ -108,11 +137,15 @@ class Prover:
             _log.warning("cannot remember a condemned layer", extra={"error": str(error)})
 
 
-def believed(layer: Layer) -> bool:
-    """Whether a complete layer's data.tar is what was hashed: untouched, or of the same DiffID still."""
-    if layer.intact():
-        return True
+def believed(layer: Layer, boot: str) -> bool:
+    """Whether a complete layer's data.tar is what was hashed: untouched, or of the same DiffID still.
+
+    `boot`: this boot's id. What an earlier one did not live to write to the disk is hashed, whatever it looks like.
+    """
     record = layer.record
+    settled = record.boot in ("", boot)
+    if settled and layer.intact():
+        return True
     same = False
     try:
         fd = os.open(layer.data, os.O_RDONLY | os.O_CLOEXEC)
@@ -125,11 +158,14 @@ def believed(layer: Layer) -> bool:
     except (SociError, OSError) as error:
         _log.debug("data.tar cannot be hashed", extra={"layer": str(layer.key), "error": str(error)})
     if same:
-        layer.save(msgspec.structs.replace(record, stamp=stamp_of(status)))
+        layer.save(
+            msgspec.structs.replace(record, stamp=stamp_of(status), boot=record.boot if settled else "")
+        )
         _log.warning("data.tar was touched, not changed", extra={"layer": str(layer.key)})
     else:
+        again = "it is fetched again" if record.by_span else "its images must be removed and pulled again"
         _log.error(
-            "data.tar of a complete layer was changed by somebody else: it is fetched again, and containers that "
+            f"data.tar of a complete layer was changed by somebody else: {again}, and containers that "
             "use it must be restarted",
             extra={"layer": str(layer.key)},
         )

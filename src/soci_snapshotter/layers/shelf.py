@@ -377,7 +377,7 @@ class Shelf:
             layer.delete()
         else:
             _remove_empty(directory)
-        if not shared:
+        if not shared and not self._around.keeps(key.ztoc):
             self._content.delete(key.ztoc)
 
 

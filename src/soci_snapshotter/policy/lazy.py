@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from ..errors import SociError
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor
 from ..formats.sociindex import SociIndex
+from .eager import Way
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,24 @@ class LazyRequest:
 
 @dataclass(frozen=True)
 class LazyLayer:
-    """A mounted lazy layer: one reference on `mount_id`. `labels` are added to the committed snapshot's."""
+    """A mounted lazy layer: one reference on `mount_id`. `labels` are added to the committed snapshot's.
+
+    `way`: how it was made, if no index made it lazy.
+    """
 
     layer_key: str
     mount_id: int
     size: int
     inodes: int
     labels: Mapping[str, str] = field(default_factory=dict)
+    way: Way | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """No layer, and containerd is not to try: the pull has failed with `error`."""
+
+    error: SociError
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,13 @@ _LAZY_KEY = re.compile(r"lazy:([0-9]+)/(.+)", re.DOTALL | re.ASCII)
 
 @dataclass(frozen=True)
 class Options:
-    """`discover`: some pull mode that looks for an index is on; an index named by a label is used without."""
+    """`discover`: some pull mode that looks for an index is on; an index named by a label is used without.
+
+    `whole`: images without an index are pulled whole here.
+    """
 
     discover: bool = True
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def decide(key: str, labels: Mapping[str, str], *, namespace: str, options: Opti
     index = labels.get(INDEX_DIGEST) or None
     if index is not None and not _is_digest(index):
         return Defer(f"label {INDEX_DIGEST} is not a digest: {index[:160]!r}")
-    if index is None and not options.discover:
+    if index is None and not options.discover and not options.whole:
         return Defer("no pull mode that looks for a SOCI index is enabled, and no label names one")
     namespace = namespace or namespace_of(key)
     if not namespace:

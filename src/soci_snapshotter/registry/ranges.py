@@ -45,6 +45,10 @@ _EXPIRED = frozenset({400, 401, 403, 404, 410})
 Sink = Callable[[memoryview], None]
 
 
+class NoRanges(Remote):
+    """The server gives blobs only whole, and the range is far from the start."""
+
+
 @dataclass(slots=True)
 class _Exchange:
     """An answer whose body is still to be read, and the connection it comes by."""
@@ -277,7 +281,9 @@ class BlobReader:
                     f"{self._subject}: {length} bytes, not {self._size}; check the registry's storage"
                 )
             if wanted.start > _SKIP:
-                raise Remote(f"{self._subject}: the server ignores Range requests; check the proxy before it")
+                raise NoRanges(
+                    f"{self._subject}: the server ignores Range requests; check the proxy before it"
+                )
             return wanted.start, length is not None and wanted.end == self._size
         if headers.get_content_type().startswith("multipart/"):
             raise Remote(

@@ -10,16 +10,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..policy.lazy import Declined, LazyLayer, LazyLower, LazyRequest, LocalLower, Lower, Usage
+from ..policy.eager import Way
+from ..policy.lazy import Declined, Failed, LazyLayer, LazyLower, LazyRequest, LocalLower, Lower, Usage
 
-__all__ = ["Declined", "LazyLayer", "LazyLayers", "LazyLower", "LazyRequest", "LocalLower", "Lower", "Usage"]
+__all__ = [
+    "Declined",
+    "Failed",
+    "LazyLayer",
+    "LazyLayers",
+    "LazyLower",
+    "LazyRequest",
+    "LocalLower",
+    "Lower",
+    "Usage",
+    "Way",
+]
 
 
 class LazyLayers(Protocol):
     """Makes, finds and drops lazy layers. Called from many threads, never under the snapshotter's lock."""
 
-    def prepare(self, request: LazyRequest) -> LazyLayer | Declined:
-        """Mount the layer. Bounded in time; a SociError means the try failed, and nothing is left of it."""
+    def prepare(self, request: LazyRequest) -> LazyLayer | Declined | Failed:
+        """Mount the layer. Bounded in time; a SociError means the try failed, and nothing is left of it.
+
+        Failed: containerd is not to try either.
+        """
 
     def serves(self, request: LazyRequest, mount_id: int, layer_key: str) -> str | None:
         """None when a lazy snapshot with this mount, of the request's chain ID, may stand for it, else why not."""

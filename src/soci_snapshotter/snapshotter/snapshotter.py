@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 from ..errors import AlreadyExists, Integrity, Precondition, Remote, SociError
 from ..formats import snapfilter
@@ -22,13 +23,39 @@ from ..store.snapshots import Kind, Link, Snapshot, SnapshotStore
 from .directories import Directories
 from .flight import Flights
 from .mounts import Mount, Stack, mounts
-from .ports import Declined, LazyLayer, LazyLayers, LazyLower, LazyRequest, LocalLower, Lower, Usage
+from .ports import (
+    Declined,
+    Failed,
+    LazyLayer,
+    LazyLayers,
+    LazyLower,
+    LazyRequest,
+    LocalLower,
+    Lower,
+    Usage,
+    Way,
+)
 
 _log = logging.getLogger(__name__)
 
 # Keys of log lines that users of the Go daemon count (its remote snapshot log monitor).
 _LOG_REMOTE = "remote-snapshot-prepared"
+_LOG_LOCAL = "local-snapshot-prepared"
 _LOG_DEFER = "defer-snapshot-runtime"
+# What the Go daemon says of a layer by how it was made.
+_LABELS: Mapping[Way | None, Mapping[str, str]] = {
+    None: {policy.REMOTE: "remote snapshot", policy.HAS_INDEX: "true"},
+    Way.LOCAL: {policy.HAS_INDEX: "true"},
+    Way.PARALLEL: {},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """What became of a try: `reason` why there is no snapshot, for the log; else `way` it was made, None for lazy."""
+
+    reason: str | None = None
+    way: Way | None = None
 
 
 class Snapshotter:
@@ -52,7 +79,7 @@ class Snapshotter:
         self._overlay_options = tuple(overlay_options)
         self._directories = Directories(root)
         self._store = SnapshotStore(os.path.join(root, b"metadata.sqlite"))
-        self._flights: Flights[str | None] = Flights()
+        self._flights: Flights[_Tried] = Flights()
         self._making_lock = threading.Lock()
         self._making: set[int] = set()
         self._stack = ExitStack()
@@ -96,10 +123,12 @@ class Snapshotter:
             return self._create(Kind.ACTIVE, key, parent, labels)
         fields = {"key": key, "parent": parent}
         if isinstance(decision, policy.TryLazy):
-            reason = self._try_lazy(key, parent, labels, decision)
-            if reason is None:
-                _log.info("prepared remote snapshot", extra={**fields, _LOG_REMOTE: "true"})
+            tried = self._try_lazy(key, parent, labels, decision)
+            if tried.reason is None:
+                word = _LOG_REMOTE if tried.way is None else _LOG_LOCAL
+                _log.info("prepared snapshot", extra={**fields, word: "true"})
                 raise AlreadyExists(f"target snapshot {decision.target!r} is prepared")
+            reason = tried.reason
         else:
             reason = decision.reason
         made = self._create(Kind.ACTIVE, key, parent, labels)
@@ -166,14 +195,12 @@ class Snapshotter:
         """These lazy snapshots (id -> why) turned out to be a lie: nothing new is built on them."""
         self._store.condemn(reasons)
 
-    def _try_lazy(
-        self, key: str, parent: str, labels: Mapping[str, str], wanted: policy.TryLazy
-    ) -> str | None:
-        """None when a committed snapshot for the target exists now, else why not, for the log."""
+    def _try_lazy(self, key: str, parent: str, labels: Mapping[str, str], wanted: policy.TryLazy) -> _Tried:
+        """Whether a committed snapshot for the target exists now."""
         top, chain = self._store.chain(parent)
         lazy = self._lazy
         if lazy is None:
-            return "this daemon makes no lazy layers"
+            return _Tried("this daemon makes no lazy layers")
         request = LazyRequest(
             namespace=wanted.namespace,
             image_ref=wanted.image_ref,
@@ -189,13 +216,13 @@ class Snapshotter:
         flight = (top.id if top else 0, wanted.target)
         return self._flights.run(flight, lambda: self._lazily(lazy, request, parent))
 
-    def _lazily(self, lazy: LazyLayers, request: LazyRequest, parent: str) -> str | None:
+    def _lazily(self, lazy: LazyLayers, request: LazyRequest, parent: str) -> _Tried:
         there = self._store.find_target(parent, request.target)
         try:
             if there is not None:
                 if there.mount_id is None or there.layer_key is None:
-                    return None
-                return lazy.serves(request, there.mount_id, there.layer_key)
+                    return _Tried()
+                return _Tried(lazy.serves(request, there.mount_id, there.layer_key))
             layer = lazy.prepare(request)
         except Exception as error:
             # Whatever went wrong, the layer can still be unpacked; a trace only for what is our own fault.
@@ -204,9 +231,11 @@ class Snapshotter:
                 exc_info=not isinstance(error, SociError | OSError),
                 extra={"layer": request.layer_digest, "error": str(error), _LOG_REMOTE: "false"},
             )
-            return f"the lazy try failed: {error}"
+            return _Tried(f"the lazy try failed: {error}")
         if isinstance(layer, Declined):
-            return layer.reason
+            return _Tried(layer.reason)
+        if isinstance(layer, Failed):
+            raise layer.error
         try:
             self._commit_lazy(request, parent, layer)
         except AlreadyExists:
@@ -216,15 +245,14 @@ class Snapshotter:
             raise
         else:
             lazy.committed(layer.mount_id)
-        return None
+        return _Tried(way=layer.way)
 
     def _commit_lazy(self, request: LazyRequest, parent: str, layer: LazyLayer) -> None:
         snapshot_id = self._store.reserve()
         labels = {
             **request.labels,
-            policy.REMOTE: "remote snapshot",
             policy.REMOTE_NAMESPACE: request.namespace,
-            policy.HAS_INDEX: "true",
+            **_LABELS[layer.way],
             **layer.labels,
         }
         name = policy.lazy_key(snapshot_id, request.target)

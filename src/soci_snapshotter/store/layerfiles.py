@@ -87,6 +87,12 @@ class LayerRecord(msgspec.Struct, frozen=True):
     """Not what any snapshot of it said it would be, or a lie: reads through FUSE fail."""
     lie: str = ""
     """In what the ztoc differs from the layer, when it does."""
+    made: bool = False
+    """The layer was filled as one stream, and its ztoc made here on the way."""
+    by_span: bool = True
+    """Whether its spans can be fetched; not of a layer that came as zstd, say."""
+    boot: str = ""
+    """The boot in which it was filled, until its bytes are on the disk: in another one they are not believed."""
 
     def with_source(self, reference: str) -> LayerRecord:
         rest = tuple(source for source in self.sources if source != reference)
