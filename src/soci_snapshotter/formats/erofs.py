@@ -5,8 +5,9 @@ extended one (64 bytes) at byte 32 * nid of the image. A regular file's data is 
 file: with plain inodes on an extra device the kernel sends one request per page. Directories and symbolic
 links are whole blocks in the image itself and a tail behind the inode, which must not cross a block.
 
-One pass: a directory's blocks come before its children's inodes, its own inode was reserved by its parent,
-and directories follow each other in depth-first order, as `find` reads them.
+The kernel reads what it needs of the image page by page, each with a request of its own. So the root comes first
+(its nid has 16 bits), then all that is no directory, then the directories, each followed by its own blocks, in
+depth-first order both, as `find` reads them: whoever only lists names touches a third of the pages.
 """
 
 from __future__ import annotations
@@ -136,7 +137,10 @@ def build_meta(
 class _Plan:
     """A directory whose inode is reserved: where, and how its entries fall into blocks."""
 
-    __slots__ = ("counts", "directory", "inode_at", "names", "nid", "parent", "size", "xattrs")
+    __slots__ = (
+        *("counts", "directory", "inode_at", "names", "nid", "parent", "size", "xattrs"),
+        *("below", "nids", "places", "types"),
+    )
 
     def __init__(self, directory: Directory, names: list[bytes], xattrs: bytes) -> None:
         self.directory = directory
@@ -144,6 +148,10 @@ class _Plan:
         self.xattrs = xattrs
         self.counts, self.size = _split(names)
         self.inode_at = self.nid = self.parent = 0
+        self.nids: list[int] = []  # of the names, in their order; 0 for a directory, until it is reserved
+        self.types: list[int] = []
+        self.places: list[int] = []  # where among them directories are
+        self.below: list[_Plan] = []  # in the order of their names
 
 
 def _split(names: list[bytes]) -> tuple[list[int], int]:
@@ -181,6 +189,9 @@ class _Writer:
         root = self._plan(self.tree.root)
         self._reserve(root)
         root.parent = self.root_nid = root.nid
+        stack = [root]
+        while stack:
+            stack.extend(reversed(self._files(stack.pop())))
         stack = [root]
         while stack:
             stack.extend(reversed(self._directory(stack.pop())))
@@ -231,14 +242,15 @@ class _Writer:
         return len(self.image) - count * BLOCK
 
     def _directory(self, plan: _Plan) -> list[_Plan]:
-        """Write a directory: its children's inodes, then its entries and its own inode. The directories in
-        it.
+        """Write a directory: room for the directories in it, then its entries and its own inode. The directories
+        in it.
         """
         attributes_size = len(plan.xattrs)
         tail = _has_tail(plan.size, attributes_size)
         whole = len(plan.counts) - tail
         blocks_at = self._blocks(whole) if whole else 0
-        nids, types, below = self._children(plan)
+        below = plan.below
+        nids, types = self._numbers(plan), plan.types
         start = 0
         for number, count in enumerate(plan.counts):
             place = blocks_at + number * BLOCK if number < whole else plan.inode_at + 64 + attributes_size
@@ -267,13 +279,25 @@ class _Writer:
         self.image[plan.inode_at : plan.inode_at + 64 + attributes_size] = inode + plan.xattrs
         return below
 
-    def _children(self, plan: _Plan) -> tuple[list[int], list[int], list[_Plan]]:
-        """nid and type of each name, in order; inodes of files written, those of directories reserved."""
+    def _numbers(self, plan: _Plan) -> list[int]:
+        """The nids of a directory's names, now that the directories among them get theirs."""
+        inner = iter(plan.below)
+        for place in plan.places:
+            name = plan.names[place]
+            if name in {b".", b".."}:
+                plan.nids[place] = plan.nid if name == b"." else plan.parent
+            else:
+                child = next(inner)
+                child.parent = plan.nid
+                self._reserve(child)
+                plan.nids[place] = child.nid
+        return plan.nids
+
+    def _files(self, plan: _Plan) -> list[_Plan]:
+        """Write the inodes of what is in a directory, except those of directories, which are returned."""
         image, inodes, times, special = self.image, self.tree.inodes, self.tree.times, self.special
         pack, regular = _FILE.pack, stat.S_IFREG
-        nids: list[int] = []
-        types: list[int] = []
-        below: list[_Plan] = []
+        nids, types = plan.nids, plan.types
         get = plan.directory.children.get
         for name in plan.names:
             child = get(name)
@@ -293,17 +317,14 @@ class _Writer:
                         self.inodes += 1
                     else:
                         nid, kind = self._file(entry, times[child], b"")
-            elif child is None:
-                nid, kind = (plan.nid if name == b"." else plan.parent), _DIR
             else:
-                inner = self._plan(child)
-                inner.parent = plan.nid
-                self._reserve(inner)
-                below.append(inner)
-                nid, kind = inner.nid, _DIR
+                nid, kind = 0, _DIR
+                plan.places.append(len(nids))
+                if child is not None:
+                    plan.below.append(self._plan(child))
             nids.append(nid)
             types.append(kind)
-        return nids, types, below
+        return plan.below
 
     def _special(self, index: int) -> tuple[int, int]:
         """nid and type of a whiteout, or of a file with xattrs or several names."""
