@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,19 @@ class Rig:
         command = ("pull", "--quiet", "--plain-http", "--snapshotter", snapshotter)
         assert self.soci(*command, *arguments, self.name(repository)) == 0
 
+    def reconnected(self, seconds: float = 40) -> None:
+        """Wait until containerd talks to a daemon that was started (it tries in intervals that grow).
+
+        With a snapshot made and removed: what it knows itself, as the list of none, it does not ask the daemon for.
+        """
+        snapshots = ("snapshots", "--snapshotter", "soci")
+        end = time.monotonic() + seconds
+        while self.containerd.ctr(*snapshots, "prepare", "reconnected", check=False).returncode:
+            if time.monotonic() > end:
+                raise TimeoutError("containerd does not come back to the daemon")
+            time.sleep(0.1)
+        self.containerd.ctr(*snapshots, "rm", "reconnected")
+
     def lazy_layers(self) -> int:
         """How many lazy mounts there are."""
         mounts = self.daemon.root / "m"
@@ -103,7 +117,9 @@ def lazy_rig(config: str = CONFIG) -> Iterator[Rig]:
             start_containerd(base / "c", proxy_plugins={"soci": socket}) as containerd,
             start_daemon(base / "d", address=socket, config=config) as daemon,
         ):
-            yield Rig(base, proxy, registry, containerd, daemon)
+            rig = Rig(base, proxy, registry, containerd, daemon)
+            rig.reconnected()
+            yield rig
     finally:
         unmount_below(base)
         rmtree(base)

@@ -53,6 +53,21 @@ def test_init_takes_of_what_is_wanted_what_is_offered() -> None:
     assert fusemsg.init_reply_flags(fusemsg.init_reply(fusemsg.init_request(old))) == init.ASYNC_READ
 
 
+def test_a_kernel_before_5_17_is_understood() -> None:
+    """Its INIT has 16 bytes: no second word of capabilities, so no RESEND."""
+    asked = fusemsg.init_request(struct.pack("=IIII", 7, 34, 131072, 1 | 1 << 17))
+    assert (asked.minor, asked.max_readahead) == (34, 131072)
+    init = fusemsg.Init
+    assert fusemsg.init_reply_flags(fusemsg.init_reply(asked)) == init.ASYNC_READ | init.NO_OPEN_SUPPORT
+
+
+def test_invalidations_are_as_the_kernel_reads_them() -> None:
+    """Length, code, no unique; then the structures of linux/fuse.h, a name with its NUL."""
+    entry = fusemsg.invalidate_entry(1, b"m12")
+    assert entry == struct.pack("=IiQQII", 16 + 16 + 4, 3, 0, 1, 3, 0) + b"m12\0"
+    assert fusemsg.invalidate_attributes(2**63 + 5) == struct.pack("=IiQQqq", 40, 2, 0, 2**63 + 5, -1, 0)
+
+
 def test_a_strange_init_is_refused() -> None:
     """Another major version, and a message that is cut off."""
     with pytest.raises(Unsupported):

@@ -36,6 +36,7 @@ _PREFIXES = {
 _DIRENT = 12
 _DIRENTS = [Struct("<" + "QHBB" * count) for count in range(BLOCK // (_DIRENT + 1) + 1)]
 _INLINE, _CHUNKED = 2, 4
+DIRECTORY = 2  # the kind of a Dirent that is one
 _MAX_NAME = 255
 _MAX_TARGET = 4096  # PATH_MAX: no symbolic link is longer
 
@@ -109,6 +110,10 @@ class MetaImage:
         self._size = size
         self._chunks = chunks
         self._number = number
+        self._last = (
+            0,
+            0,
+        )  # of a directory of several blocks: its nid, the block where a name was looked up last
         magic, bits, self.root, _ = _SUPER.unpack(self._bytes(_SUPER_OFFSET, _SUPER.size))
         if magic != _MAGIC or 1 << bits != BLOCK:
             raise Integrity("not an EROFS image with blocks of 512 bytes")
@@ -121,14 +126,9 @@ class MetaImage:
     def lookup(self, nid: int, directory: Inode, name: bytes) -> int:
         """The nid that `name` has in the directory, 0 for none (no inode of ours is 0)."""
         low, high = 0, -(-directory.size // BLOCK) - 1
-        while low < high:  # the last block whose first name is not behind `name`
-            middle = (low + high + 1) // 2
-            fields, block, base, end = self._block(nid, directory, middle)
-            if _name(fields, block, base, end, 0) <= name:
-                low = middle
-            else:
-                high = middle - 1
-        if high < 0:
+        if high > 0:
+            low = self._block_of(nid, directory, name, high)
+        elif high < 0:
             return 0
         fields, block, base, end = self._block(nid, directory, low)
         first, last = 0, len(fields) // 4 - 1
@@ -143,6 +143,34 @@ class MetaImage:
             else:
                 last = index - 1
         return 0
+
+    def _block_of(self, nid: int, directory: Inode, name: bytes, high: int) -> int:
+        """The last block whose first name is not behind `name`, of blocks 0 to `high`; 0 for none."""
+        known, low = self._last  # names are often looked up in the order they have
+        if known != nid or low > high or self._first_name(nid, directory, low) > name:
+            low = 0
+        elif low < high and self._first_name(nid, directory, low + 1) > name:
+            return low
+        elif low + 1 < high and self._first_name(nid, directory, low + 2) > name:
+            low, high = low + 1, low + 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._first_name(nid, directory, middle) <= name:
+                low = middle
+            else:
+                high = middle - 1
+        self._last = nid, low
+        return low
+
+    def _first_name(self, nid: int, directory: Inode, number: int) -> bytes:
+        chunk, base, size = self._dirents(nid, directory, number)
+        if size < 2 * _DIRENT:  # one entry at most: the whole check
+            fields, block, base, end = self._block(nid, directory, number)
+            return _name(fields, block, base, end, 0)
+        start, stop = chunk[base + 8] | chunk[base + 9] << 8, chunk[base + 20] | chunk[base + 21] << 8
+        if start == _DIRENT:  # one entry
+            stop = size
+        return chunk[base + start : base + min(stop, size)].rstrip(b"\0")
 
     def entries(self, nid: int, directory: Inode, cookie: int) -> Iterator[Dirent]:
         """The directory's names from `cookie` on (0 or what a Dirent said), in the order of their bytes."""
@@ -195,16 +223,20 @@ class MetaImage:
 
     def _block(self, nid: int, directory: Inode, number: int) -> tuple[tuple[int, ...], bytes, int, int]:
         """Block `number` of a directory: its dirents' fields flat, the bytes it is in, where it begins and ends."""
+        chunk, base, size = self._dirents(nid, directory, number)
+        count = (chunk[base + 8] | chunk[base + 9] << 8) // _DIRENT if size > _DIRENT else 0
+        if not 0 < count < len(_DIRENTS) or count * _DIRENT > size:
+            raise Integrity(f"directory {nid}: block {number} is damaged")
+        return _DIRENTS[count].unpack_from(chunk, base), chunk, base, base + size
+
+    def _dirents(self, nid: int, directory: Inode, number: int) -> tuple[bytes, int, int]:
+        """Bytes that hold block `number` of a directory, where in them it begins, and its size."""
         size = min(BLOCK, directory.size - number * BLOCK)
         if size < BLOCK and directory.form >> 1 == _INLINE:
             at = _behind(nid, directory)
         else:
             at = (directory.union + number) * BLOCK
-        chunk, base = self._at(at, size)
-        count = (chunk[base + 8] | chunk[base + 9] << 8) // _DIRENT if size > _DIRENT else 0
-        if not 0 < count < len(_DIRENTS) or count * _DIRENT > size:
-            raise Integrity(f"directory {nid}: block {number} is damaged")
-        return _DIRENTS[count].unpack_from(chunk, base), chunk, base, base + size
+        return *self._at(at, size), size
 
     def _at(self, at: int, size: int) -> tuple[bytes, int]:
         """Bytes that hold `size` of them at offset `at` of the image, and where in them."""

@@ -27,6 +27,7 @@ _PLUS = Struct("=QQQQII" + _ATTR + "QQII")
 _READ_IN = Struct("=8xQI")  # the handle passed over; cookie, most bytes of the answer
 _XATTR_IN = Struct("=I4x")
 _XATTR_OUT = Struct("=I4x")
+_OVERLAY, _OPAQUE = b"trusted.overlay.", b"trusted.overlay.opaque\0"  # the one that formats.erofs writes
 _NO_ENTRY = bytes(_ENTRY_OUT.size)
 
 # file types of EROFS to those of getdents(2)
@@ -39,12 +40,12 @@ def node_of(tree: int, nid: int) -> int:
 
 
 def _attributes(node: int, inode: Inode) -> tuple[int, ...]:
-    seconds, nanoseconds, size = inode.seconds, inode.nanoseconds, inode.size
+    _, _, mode, size, union, uid, gid, seconds, nanoseconds, links = inode
+    rdev = union if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
     return (
-        *(node & _INO_MASK, size, (size + 511) // 512, seconds, seconds, seconds),
-        *(nanoseconds, nanoseconds, nanoseconds, inode.mode, inode.links, inode.uid, inode.gid),
-        *(inode.rdev, _BLOCK_SIZE, 0),
-    )
+        node & _INO_MASK, size, (size + 511) >> 9, seconds, seconds, seconds, nanoseconds, nanoseconds,
+        nanoseconds, mode, links, uid, gid, rdev, _BLOCK_SIZE, 0,
+    )  # fmt: skip
 
 
 def entry(node: int, inode: Inode) -> bytes:
@@ -83,17 +84,20 @@ def listing(image: MetaImage, node: int, directory: Inode, body: bytes, *, plus:
         elif name in {b".", b".."}:  # no inode is asked for there, and a node of 0 says so
             answer += _NO_ENTRY + _DIRENT.pack(inos | child, behind, length, kinds[kind & 7])
         else:
-            _, _, mode, size, union, uid, gid, seconds, nanoseconds, links = image.inode(child)
-            rdev = union if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
+            attributes = _attributes(tree | child, image.inode(child))
             answer += pack(
-                tree | child, 0, FOREVER, FOREVER, 0, 0, inos | child, size, (size + 511) >> 9, seconds,
-                seconds, seconds, nanoseconds, nanoseconds, nanoseconds, mode, links, uid, gid, rdev,
-                _BLOCK_SIZE, 0, inos | child, behind, length, kinds[kind & 7],
+                tree | child, 0, FOREVER, FOREVER, 0, 0, *attributes,
+                inos | child, behind, length, kinds[kind & 7],
             )  # fmt: skip
         answer += name
         if padding:
             answer += bytes(padding)
     return bytes(answer)
+
+
+def may_have(body: bytes) -> bool:
+    """Whether any file could have the xattr of a GETXATTR: overlayfs asks for its own, of each file, in vain."""
+    return not body.startswith(_OVERLAY, _XATTR_IN.size) or body.startswith(_OPAQUE, _XATTR_IN.size)
 
 
 def xattr_asked(body: bytes) -> tuple[int, bytes]:

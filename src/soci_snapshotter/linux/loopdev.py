@@ -37,16 +37,15 @@ class Loop:
 
 
 @contextmanager
-def attached(path: bytes) -> Iterator[Loop]:
+def attached(path: bytes, *, direct: bool = True) -> Iterator[Loop]:
     """A read-only device over the file `path` for the time of the block, and as long as something mounted has
     it open: then the kernel takes it down, whatever becomes of this process.
 
-    Direct I/O is asked for; a file whose disk has larger sectors than 512 bytes is read through its page
-    cache. Raises OSError, or Unsupported where the node has no loop devices.
+    With `direct` the file's page cache is passed by, unless its disk has larger sectors than 512 bytes. Raises OSError, or Unsupported where the node has no loop devices.
     """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        device, name = _configure(file)
+        device, name = _configure(file, direct)
     finally:
         os.close(file)
     try:
@@ -65,8 +64,9 @@ def set_read_ahead(loop: Loop, kilobytes: int) -> None:
         _log.warning("read-ahead stays small", extra={"path": str(path), "errno": problem.errno})
 
 
-def _configure(file: int) -> tuple[int, bytes]:
+def _configure(file: int, direct: bool) -> tuple[int, bytes]:
     """A descriptor of a device over the descriptor `file`, and its path."""
+    flags = _READ_ONLY | _AUTOCLEAR | (_DIRECT_IO if direct else 0)
     try:
         control = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def _configure(file: int) -> tuple[int, bytes]:
             name = b"/dev/loop%d" % fcntl.ioctl(control, _CTL_GET_FREE)
             device = os.open(name, os.O_RDWR | os.O_CLOEXEC)
             try:
-                config = _CONFIG.pack(file, BLOCK, _READ_ONLY | _AUTOCLEAR | _DIRECT_IO)
+                config = _CONFIG.pack(file, BLOCK, flags)
                 fcntl.ioctl(device, _CONFIGURE, config)
             except OSError as problem:
                 os.close(device)

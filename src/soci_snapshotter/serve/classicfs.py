@@ -14,13 +14,24 @@ from pathlib import Path
 
 from soci_snapshotter.formats import fusemsg, fusetree
 from soci_snapshotter.formats.digest import Buffer
-from soci_snapshotter.formats.erofsread import Chunks, MetaImage
+from soci_snapshotter.formats.erofsread import DIRECTORY, Chunks, MetaImage
 from soci_snapshotter.formats.fusemsg import Opcode
 from soci_snapshotter.formats.fusetree import NID_BITS, NID_MASK, TREE_BIT
 
 _CACHE = 16 << 20  # bytes of metadata kept in memory, of all layers: 150,000 inodes
 _NUMBER_BYTES = 3  # of a tree's number: inode numbers stay below 2^56, overlayfs's own bits above are free
 _TRUSTED = b"trusted."
+# Plain integers: an enumeration's members cost as much as what is done with them.
+_LOOKUP = int(Opcode.LOOKUP)
+_GETATTR = int(Opcode.GETATTR)
+_READDIR = int(Opcode.READDIR)
+_READDIRPLUS = int(Opcode.READDIRPLUS)
+_READLINK = int(Opcode.READLINK)
+_GETXATTR = int(Opcode.GETXATTR)
+_LISTXATTR = int(Opcode.LISTXATTR)
+_STATFS = int(Opcode.STATFS)
+_OPEN = int(Opcode.OPEN)
+_RELEASE = int(Opcode.RELEASE)
 
 Read = Callable[[int, int, int], Buffer | None]
 """read(unique, offset, size) of a flat file: the bytes of the tar, or None when the request was parked."""
@@ -101,12 +112,14 @@ class Trees:
         """The node id of a tree's root."""
         return fusetree.node_of(number, self._trees[number].image.root)
 
-    def top_names(self, number: int) -> list[bytes]:
-        """What is in a tree's root."""
-        image = self._trees[number].image
-        root = image.root
-        names = [entry.name for entry in image.entries(root, image.inode(root), 0)]
-        return [name for name in names if name not in {b".", b".."}]
+    def names(self, node: int) -> list[tuple[bytes, int, bool]]:
+        """What is in a directory: names, node ids, and whether they are directories too."""
+        image, nid = self._tree(node).image, node & NID_MASK
+        return [
+            (entry.name, node & ~NID_MASK | entry.nid, entry.kind == DIRECTORY)
+            for entry in image.entries(nid, image.inode(nid), 0)
+            if entry.name not in {b".", b".."}
+        ]
 
     def remove(self, number: int) -> None:
         """Forget a tree of which the kernel has no inode any more."""
@@ -142,27 +155,29 @@ class Trees:
 
         `uid` is who asks; `opens` is whether OPEN must be answered: else the kernel is told to do without.
         """
+        if opcode == _GETXATTR and not fusetree.may_have(body):
+            return errno.ENODATA
         tree = self._tree(node)
         image, nid = tree.image, node & NID_MASK
         inode = image.inode(nid)
-        if opcode == Opcode.LOOKUP:
+        if opcode == _LOOKUP:
             child = image.lookup(nid, inode, fusemsg.name_in(body))
             if not child:
                 return fusetree.no_entry()
             return fusetree.entry(node & ~NID_MASK | child, image.inode(child))
-        if opcode == Opcode.GETATTR:
+        if opcode == _GETATTR:
             return fusetree.attributes(node, inode)
-        if opcode in {Opcode.READDIR, Opcode.READDIRPLUS}:
-            return fusetree.listing(image, node, inode, body, plus=opcode == Opcode.READDIRPLUS)
-        if opcode == Opcode.READLINK:
+        if opcode in {_READDIR, _READDIRPLUS}:
+            return fusetree.listing(image, node, inode, body, plus=opcode == _READDIRPLUS)
+        if opcode == _READLINK:
             return image.target(nid, inode)
-        if opcode in {Opcode.GETXATTR, Opcode.LISTXATTR}:
+        if opcode in {_GETXATTR, _LISTXATTR}:
             return _xattr(image.xattrs(nid, inode), opcode, body, uid)
-        if opcode == Opcode.STATFS:
+        if opcode == _STATFS:
             return fusemsg.statfs_out()
-        if opcode == Opcode.OPEN and opens:
+        if opcode == _OPEN and opens:
             return fusemsg.open_out(node)
-        if opcode == Opcode.RELEASE:
+        if opcode == _RELEASE:
             return b""
         return errno.ENOSYS
 
@@ -175,7 +190,7 @@ class Trees:
 
 def _xattr(xattrs: dict[bytes, bytes], opcode: int, body: bytes, uid: int) -> bytes | int:
     room, name = fusetree.xattr_asked(body)
-    if opcode == Opcode.GETXATTR:
+    if opcode == _GETXATTR:
         value = xattrs.get(name)
         if value is None:
             return errno.ENODATA

@@ -38,7 +38,9 @@ def mount_loop(meta_path: bytes, device_path: bytes, target: bytes) -> bool:
 
     Raises OSError, or Unsupported where there are no loop devices.
     """
-    with loopdev.attached(meta_path) as meta, loopdev.attached(device_path) as device:
+    # EROFS reads metadata page by page: the file's own read-ahead is what makes that fast. Its data must not wait
+    # for one another, as reads through the page cache of the device's file do.
+    with loopdev.attached(meta_path, direct=False) as meta, loopdev.attached(device_path) as device:
         mounts.mount(meta.path, target, b"erofs", mounts.MS_RDONLY, b"device=" + device.path)
         loopdev.set_read_ahead(meta, READ_AHEAD_KB)  # the first device's is the filesystem's
         return device.direct

@@ -166,10 +166,25 @@ class FuseServer:
         """
         root = self.trees.root_of(number)
         # From below: a page that is still being fetched holds up its directory only, and not the mount's root.
-        for name in self.trees.top_names(number):
-            self._notify(fusemsg.invalidate_entry(root, name))
+        self._forget_names(root, self.trees.names(root))
         self._notify(fusemsg.invalidate_entry(fusemsg.ROOT_ID, Trees.name_of(number)))
+        if not self._notify(fusemsg.invalidate_attributes(root)):
+            return True
+        # A directory that was in use when its name went keeps what was looked up in it since.
+        stack, known = [root], [root]
+        while stack:
+            for _, node, is_directory in self.trees.names(stack.pop()):
+                if is_directory:
+                    stack.append(node)
+                    if self._notify(fusemsg.invalidate_attributes(node)):
+                        known.append(node)
+        for node in reversed(known):
+            self._forget_names(node, self.trees.names(node))
         return not self._notify(fusemsg.invalidate_attributes(root))
+
+    def _forget_names(self, directory: int, names: list[tuple[bytes, int, bool]]) -> None:
+        for name, _, _ in names:
+            self._notify(fusemsg.invalidate_entry(directory, name))
 
     def _notify(self, message: bytes) -> bool:
         """Whether the kernel knew what the message is about."""
