@@ -31,6 +31,7 @@ def test_unknown_keys_are_named() -> None:
         ("[blob]\nmax_retries = 'x'", "blob.max_retries"),
         ("[blob]\nmax_retries = -1", "blob.max_retries"),
         ("metrics_network = 'carrier pigeon'", "metrics_network"),
+        ("mount_method = 'carpet'", "mount_method"),
         ("[content_store]\ntype = 'oci'", "content_store.type"),
         ("a = ", "not TOML"),
     ],

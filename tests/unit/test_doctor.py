@@ -13,10 +13,11 @@ import pytest
 
 from soci_snapshotter.cli import nodechecks, servicechecks
 from soci_snapshotter.cli.main import run
-from soci_snapshotter.errors import Config
+from soci_snapshotter.errors import Config, Unsupported
 from soci_snapshotter.policy import containerdconf
 from soci_snapshotter.policy.containerdconf import Wanted
 from soci_snapshotter.policy.findings import Finding, Level, healthy, ok, problem, warning
+from soci_snapshotter.serve.layer_mounts import Stack
 
 SOCKET = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock"
 OLD = Wanted("soci", SOCKET, "/etc/containerd/config.toml", 1)
@@ -174,6 +175,48 @@ def test_filesystems_that_are_missing_come_with_modprobe() -> None:
     assert "modprobe fuse" not in finding.mend
     assert any("modules-load.d" in line for line in finding.mend)
     assert nodechecks.check_filesystems("nodev\tfuse\n\terofs\nnodev\toverlay\n").level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("key", "stack", "level", "words"),
+    [
+        ("auto", Stack("file", True), Level.OK, "EROFS from files, direct I/O"),
+        ("auto", Stack("file", False), Level.OK, "cached twice"),
+        ("auto", Stack("loop", True), Level.OK, "loop devices, direct I/O"),
+        ("auto", Stack("classic", False), Level.WARNING, "slower than EROFS"),
+        ("classic", Stack("classic", False), Level.OK, "mount_method = classic"),
+    ],
+)
+def test_the_way_of_mounting_is_shown(
+    key: str, stack: Stack, level: Level, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the probe found, asked for what the configuration says; only an unwanted classic way is a warning."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'mount_method = "{key}"\n')
+    asked: list[object] = []
+
+    def probe(root: Path, method: str | None) -> Stack:
+        asked.append(method)
+        return stack
+
+    monkeypatch.setattr(nodechecks.probes, "probe", probe)
+    finding = nodechecks.check_mounts(tmp_path / "not/there", config)
+    assert (finding.level, asked) == (level, [None if key == "auto" else key])
+    assert words in finding.found
+
+
+def test_a_forced_way_that_fails_names_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The problem has what the probe said, and how to let the daemon choose."""
+
+    def probe(root: Path, method: str | None) -> Stack:
+        raise Unsupported("no loop devices")
+
+    config = tmp_path / "config.toml"
+    config.write_text('mount_method = "loop"\n')
+    monkeypatch.setattr(nodechecks.probes, "probe", probe)
+    finding = nodechecks.check_mounts(tmp_path, config)
+    assert (finding.level, finding.found) == (Level.PROBLEM, "no loop devices")
+    assert 'mount_method = "auto"' in finding.mend[0]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def attached(path: bytes, *, direct: bool = True) -> Iterator[Loop]:
     """A read-only device over the file `path` for the time of the block, and as long as something mounted has
     it open: then the kernel takes it down, whatever becomes of this process.
 
-    With `direct` the file's page cache is passed by, unless its disk has larger sectors than 512 bytes. Raises OSError, or Unsupported where the node has no loop devices.
+    With `direct` the file's page cache is passed by, unless its disk has larger sectors than 512 bytes. Raises
+    OSError, or Unsupported where the node has no loop devices.
     """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
