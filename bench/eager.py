@@ -18,7 +18,7 @@ MOST_TIME = 0.6
 
 EAGER = CONFIG.replace("[pull_modes.soci_v1]\nenable = true\n", "") + (
     "[pull_modes.soci_v1]\nenable = false\n[pull_modes.soci_v2]\nenable = false\n"
-    "[pull_modes.parallel_pull_unpack]\nenable = true\n"
+    "[pull_modes.parallel_pull_unpack]\nenable = true\ndiscard_unpacked_layers = true\n"
     "max_concurrent_downloads_per_image = 8\nmax_concurrent_unpacks_per_image = 4\n"
     'concurrent_download_chunk_size = "8mb"\n'
 )

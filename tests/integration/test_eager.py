@@ -74,7 +74,11 @@ FORMS = ("pigz", "zstd", "none", "gzip")
 
 def test_rootfs_equals_an_ordinary_pull(primary: Rig) -> None:
     """Every entry and byte, of layers as gzip, zstd and plain tars; no layer goes through FUSE."""
-    layers = [EDGE1, EDGE2, *(layer_from_tar(tar_of(EDGE3) + bytes(512 * n), form) for n, form in enumerate(FORMS))]
+    layers = [
+        EDGE1,
+        EDGE2,
+        *(layer_from_tar(tar_of(EDGE3) + bytes(512 * n), form) for n, form in enumerate(FORMS)),
+    ]
     layout = primary.publish("forms", layers, index=False)
     primary.pull("forms")
     assert whole(primary, layers)

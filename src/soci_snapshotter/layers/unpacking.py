@@ -140,9 +140,7 @@ def _unpack(
     return made, False
 
 
-def _pieces(
-    request: UnpackRequest, blob: int, wait: Callable[[int], int], available: int
-) -> Iterator[bytes]:
+def _pieces(request: UnpackRequest, blob: int, wait: Callable[[int], int], available: int) -> Iterator[bytes]:
     """The blob as it comes in, `available` bytes of it already; what was read is given back to the disk, unless
     somebody else wants it.
     """
