@@ -97,7 +97,7 @@ class Site:
 
     def warm(self) -> None:
         """Have the registry's blobs in memory: its disk is this node's, too, and not what is measured."""
-        for blob in (self.scratch / "registry").rglob("data"):
+        for blob in (self.scratch / "registry" / "data").rglob("data"):
             with open(blob, "rb") as file:
                 while file.read(1 << 20):
                     pass

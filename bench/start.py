@@ -77,6 +77,7 @@ def _start(place: Site, proxy: Proxy, snapshotter: str, against: Peer) -> tuple[
     reference = f"{proxy.host}/{_REPOSITORY}{suffix}:1"
     with place.node({OURS: CONFIG} if snapshotter == OURS else {}, against) as node:
         drop_caches()
+        place.warm()
         before, started = proxy.received, time.monotonic()
         node.pull(snapshotter, reference)
         command = ["ctr", "--address", node.containerd.address, "run", "--rm", "--snapshotter", snapshotter]
