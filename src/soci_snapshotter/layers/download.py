@@ -43,6 +43,7 @@ class Download:
         os.ftruncate(self._fd, size)
         self._changed = threading.Condition()
         self._ranges = chunks(size, chunk)
+        self._whole = [(0, size)]  # what replaces the ranges where the server knows none
         self._ends = [start for start, _ in self._ranges]
         self._first = 0  # the first range that is not here whole
         self._error: SociError | OSError | None = None
@@ -111,19 +112,22 @@ class Download:
         return count if count == self.size else count - count % _STEP
 
     def _fetch(self, number: int) -> None:
-        start, end = self._ranges[number]
+        with self._changed:
+            ranges = self._ranges
+        if ranges is self._whole:
+            return  # another request fetches all
         try:
-            self._read(number, start, end)
+            self._read(ranges, number)
         except NoRanges:
             with self._changed:
-                if self._ranges == [(0, self.size)]:
-                    return  # somebody else is at it
-                self._ranges, self._ends, self._first = [(0, self.size)], [0], 0
+                if self._ranges is self._whole:
+                    return
+                self._ranges, self._ends, self._first = self._whole, [0], 0
             _log.info("the registry knows no ranges: one request for the whole layer")
-            self._read(0, 0, self.size)
+            self._read(self._whole, 0)
 
-    def _read(self, number: int, start: int, end: int) -> None:
-        ranges = self._ranges
+    def _read(self, ranges: list[tuple[int, int]], number: int) -> None:
+        start, end = ranges[number]
         position = start
 
         def sink(piece: memoryview) -> None:
