@@ -1,6 +1,7 @@
 """A registry with an image in it, and nodes that pull it: the rig of the data plane's benches."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -123,7 +124,9 @@ class Site:
                     )
                     for name, config in configs.items()
                 }
-                containerd = stack.enter_context(start_containerd(base / "c", proxy_plugins=plugins))
+                containerd = stack.enter_context(
+                    start_containerd(base / "c", proxy_plugins=plugins, bin_dir=containerd_directory())
+                )
                 node = Node(base, containerd, daemons)
                 stack.callback(unmount_below, base / "mounts")
                 yield node
@@ -137,6 +140,12 @@ def site() -> Iterator[Site]:
     """A registry with nothing in it."""
     with ext4_scratch("soci-bench-") as scratch, start_registry(scratch / "registry") as registry:
         yield Site(scratch, registry)
+
+
+def containerd_directory() -> Path | None:
+    """Where $BENCH_CONTAINERD has another containerd, its shim and ctr; None for those in $PATH."""
+    directory = os.environ.get("BENCH_CONTAINERD")
+    return Path(directory) if directory else None
 
 
 def soci(containerd: Containerd, *arguments: str, peer: Peer | None = None) -> None:
