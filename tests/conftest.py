@@ -1,6 +1,7 @@
 """What every test gets."""
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,10 @@ def _logging_as_it_was() -> Iterator[None]:
     ours.setLevel(level)
     root.setLevel(root_level)
     root.handlers[:] = handlers
+
+
+def pytest_configure() -> None:
+    """A shell that starts the suite in the background has SIGINT ignored, and every program that a test starts would
+    inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
