@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from soci_snapshotter.daemon import config, logs
+from soci_snapshotter.daemon import config, fetching, logs
 from soci_snapshotter.errors import Config
+
+PARALLEL = "[pull_modes.parallel_pull_unpack]\n"
 
 
 def test_defaults_survive_their_own_dump() -> None:
@@ -33,6 +35,27 @@ def test_unknown_keys_are_named() -> None:
         ("metrics_network = 'carrier pigeon'", "metrics_network"),
         ("mount_method = 'carpet'", "mount_method"),
         ("[content_store]\ntype = 'oci'", "content_store.type"),
+        (PARALLEL + "enable = true", "parallel_pull_unpack.enable: needs content_store.type"),
+        (
+            PARALLEL + "experimental_parallel_pull_as_fallback = true",
+            "pull_as_fallback: needs content_store.type",
+        ),
+        (
+            PARALLEL + "concurrent_download_chunk_size = '8 tubs'",
+            "parallel_pull_unpack.concurrent_download_chunk_size",
+        ),
+        (
+            PARALLEL + "decompress_streams.gzip.path = 'unpigz'",
+            "decompress_streams.gzip.path = 'unpigz': must be an",
+        ),
+        (
+            PARALLEL + "decompress_streams.gzip.path = '/etc'",
+            "decompress_streams.gzip.path = '/etc': is no program",
+        ),
+        (
+            PARALLEL + "decompress_streams.lzma.path = '/bin/cat'",
+            "decompress_streams.lzma: no such algorithm",
+        ),
         ("a = ", "not TOML"),
     ],
 )
@@ -41,6 +64,23 @@ def test_bad_values_refuse_to_start(text: str, named: str) -> None:
     with pytest.raises(Config, match=named) as caught:
         config.parse(text.encode(), "c.toml")
     assert str(caught.value).startswith("c.toml: ")
+
+
+def test_parallel_pulls_with_what_they_need() -> None:
+    """With the layers discarded, or containerd's content store, and an absolute path: no error, no warning."""
+    discard, kept = "discard_unpacked_layers = true\n", "[content_store]\ntype = 'containerd'\n"
+    streams = "decompress_streams.zstd.path = '/bin/cat'\ndecompress_streams.zstd.args = ['-']\n"
+    for text in (
+        PARALLEL + "enable = true\n" + discard + streams,
+        kept + PARALLEL + "enable = true\n" + streams,
+    ):
+        parsed, warnings = config.parse(text.encode(), "c.toml")
+        assert warnings == []
+        rules = fetching.eager_rules(parsed)
+        assert rules.primary and rules.keep_blobs == (discard not in text)
+        assert rules.decompressors == {"zstd": ("/bin/cat", "-")}
+        assert (rules.downloads, rules.downloads_per_image) == (None, 3)
+        assert (rules.unpacks, rules.unpacks_per_image, rules.chunk) == (None, 1, None)
 
 
 def test_a_missing_file_is_fine_only_at_the_default_path(tmp_path: Path) -> None:
