@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 from tests.unit.test_why import CONVERTED, DOCUMENTS, REFERENCE, VECTOR, ZTOC, Shelf
 
-from soci_snapshotter.errors import Integrity
+from soci_snapshotter.errors import Integrity, SociError
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci
 from soci_snapshotter.layers.eager import Filled
@@ -20,7 +20,9 @@ from soci_snapshotter.layers.lazy import SIZE_LABEL, Lazy
 from soci_snapshotter.layers.openlayer import LayerKey
 from soci_snapshotter.layers.openlayers import Mounted, OpenLayers
 from soci_snapshotter.layers.resolve import IndexResolver
-from soci_snapshotter.policy.lazy import Declined, LazyLayer, LazyRequest, LocalLower
+from soci_snapshotter.layers.whole import Mount, Wanted, WholeLayers
+from soci_snapshotter.policy.eager import Eager, Way
+from soci_snapshotter.policy.lazy import Declined, Failed, LazyLayer, LazyRequest, LocalLower
 from soci_snapshotter.policy.proof import DIFF_ID, Claim
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.store.content import ContentStore
@@ -52,6 +54,9 @@ class Table:
         self.claims: list[Claim] = []
         self.complete = False
         self.answer: Declined | None = None
+        self.error: SociError | None = None
+        self.once = False
+        """Whether `answer` and `error` are for the lazy try only."""
 
     @contextmanager
     def pinned(self, numbers: Sequence[int]) -> Iterator[dict[int, Path]]:
@@ -68,7 +73,10 @@ class Table:
     ) -> Mounted | Declined:
         assert lowers == [Path("/lower")]
         self.claims.append(claim)
-        return self.answer or Mounted(7, key, 3)
+        first = not self.once or key.ztoc == digests.sha256(ZTOC)
+        if self.error is not None and first:
+            raise self.error
+        return (self.answer if first else None) or Mounted(7, key, 3)
 
     def layer_of(self, number: int) -> object:
         assert number == 7
@@ -86,17 +94,81 @@ def shelf() -> Shelf:
     return Shelf(*DOCUMENTS, ZTOC, tagged=CONVERTED)
 
 
-def port(table: Table, shelf: Shelf, tmp_path: Path, min_layer_size: int = 0) -> Lazy:
+class Wholes:
+    """Who makes layers without an index: notes what is asked, and fails on demand."""
+
+    def __init__(self) -> None:
+        self.wanted: list[Wanted] = []
+        self.error: Exception | None = None
+
+    def mounted(self, wanted: Wanted, mount: Mount) -> Mounted:
+        self.wanted.append(wanted)
+        if self.error is not None:
+            raise self.error
+        made = mount(LayerKey(wanted.layer, digests.sha256(b"own")), None, wanted.claim, None)
+        assert isinstance(made, Mounted)
+        return made
+
+
+def port(
+    table: Table,
+    shelf: Shelf,
+    tmp_path: Path,
+    min_layer_size: int = 0,
+    rules: Eager | None = None,
+    wholes: Wholes | None = None,
+    *,
+    v2: bool = True,
+) -> Lazy:
     """The port over both."""
     client = cast(RegistryClient, shelf)
-    resolver = IndexResolver(client, v1=False, v2=True)
+    resolver = IndexResolver(client, v1=False, v2=v2)
     return Lazy(
         cast(OpenLayers, table),
         resolver,
         client,
         ContentStore(tmp_path),
         min_layer_size=min_layer_size,
+        rules=rules or Eager(),
+        wholes=cast("WholeLayers | None", wholes),
     )
+
+
+@pytest.mark.parametrize("rules", [Eager(), Eager(fallback=True), Eager(primary=True)])
+@pytest.mark.parametrize("case", ["lazy", "small", "no index", "bad ztoc", "lie"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_makes_a_layer(
+    table: Table, shelf: Shelf, tmp_path: Path, rules: Eager, case: str, fails: bool
+) -> None:
+    """Lazy if it can be and is wanted; with an index we make it, or containerd; without one it is as configured."""
+    wholes = Wholes()
+    wholes.error = OSError(28, "No space left on device") if fails else None
+    lazy = port(
+        table, shelf, tmp_path, 1 << 40 if case == "small" else 0, rules, wholes, v2=case != "no index"
+    )
+    if case == "bad ztoc":
+        table.error = Integrity("a ztoc that is none")
+    if case == "lie":
+        table.answer = Declined("it has another DiffID")
+    table.once = True
+    made = lazy.prepare(REQUEST)
+    if case == "lazy" and not rules.primary:
+        assert isinstance(made, LazyLayer) and made.way is None and not wholes.wanted
+        return
+    parallel = rules.primary or (rules.fallback and case == "no index")
+    if case == "no index" and not parallel:
+        assert made == Declined("no valid SOCI index found") and not wholes.wanted
+        return
+    [wanted] = wholes.wanted
+    assert (wanted.index is None) == (rules.primary or case == "no index")
+    assert wanted.pull.namespace == "default"
+    if not fails:
+        assert isinstance(made, LazyLayer)
+        assert made.way is (Way.PARALLEL if parallel else Way.LOCAL)
+    elif parallel:
+        assert isinstance(made, Failed) and "No space left" in str(made.error)
+    else:
+        assert isinstance(made, Declined) and "No space left" in made.reason
 
 
 def test_a_layer_with_its_usage(table: Table, shelf: Shelf, tmp_path: Path) -> None:

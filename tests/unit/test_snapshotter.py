@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,13 @@ from soci_snapshotter.snapshotter.flight import Flights
 from soci_snapshotter.snapshotter.mounts import Mount, Stack, mounts
 from soci_snapshotter.snapshotter.ports import (
     Declined,
+    Failed,
     LazyLayer,
     LazyLower,
     LazyRequest,
     LocalLower,
     Usage,
+    Way,
 )
 from soci_snapshotter.snapshotter.snapshotter import Snapshotter
 from soci_snapshotter.store.snapshots import Kind
@@ -40,14 +42,14 @@ class Layers:
     top: Path
     log: list[object] = field(default_factory=list)
     requests: list[LazyRequest] = field(default_factory=list)
-    answer: Callable[[LazyRequest], LazyLayer | Declined] | None = None
+    answer: Callable[[LazyRequest], LazyLayer | Declined | Failed] | None = None
     shift: int = 0
     refusal: str | None = None
     commits: list[int] = field(default_factory=list)
     references: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def prepare(self, request: LazyRequest) -> LazyLayer | Declined:
+    def prepare(self, request: LazyRequest) -> LazyLayer | Declined | Failed:
         with self.lock:
             self.requests.append(request)
             mount_id = len(self.requests)
@@ -421,6 +423,44 @@ def test_declined(snapshots: Snapshotter, layers: Layers, caplog: pytest.LogCapt
     assert vars(record)["defer-snapshot-runtime"] == "true"
     assert vars(record)["reason"] == "no valid SOCI index found"
     snapshots.commit("default/1/a", "default/2/c", {policy.TARGET: D[0]})
+
+
+@pytest.mark.parametrize(
+    ("way", "labels", "word"),
+    [
+        (None, {policy.REMOTE: "remote snapshot", policy.HAS_INDEX: "true"}, "remote-snapshot-prepared"),
+        (Way.LOCAL, {policy.HAS_INDEX: "true"}, "local-snapshot-prepared"),
+        (Way.PARALLEL, {}, "local-snapshot-prepared"),
+    ],
+)
+def test_how_a_layer_was_made(
+    snapshots: Snapshotter,
+    layers: Layers,
+    caplog: pytest.LogCaptureFixture,
+    way: Way | None,
+    labels: dict[str, str],
+    word: str,
+) -> None:
+    """The Go daemon's labels and log key for lazy layers, for local ones and for those of a parallel pull."""
+    layers.answer = lambda _: replace(layers.mounted(1), way=way)
+    with caplog.at_level(logging.INFO), pytest.raises(AlreadyExists):
+        snapshots.prepare("default/1/a", "", pull(0))
+    [row] = snapshots.walk([f'labels."{policy.TARGET}"=={D[0]}'])
+    names = {policy.REMOTE, policy.HAS_INDEX}
+    assert {key: value for key, value in row.labels.items() if key in names} == labels
+    assert row.labels[policy.REMOTE_NAMESPACE] == "default"
+    assert [vars(record)[word] for record in caplog.records] == ["true"]
+
+
+def test_a_pull_that_failed(snapshots: Snapshotter, layers: Layers) -> None:
+    """Where containerd is not to try, it gets the error, and the key is free; the next try may succeed."""
+    layers.answer = lambda _: Failed(Remote("image registry.test/image:1: layer x: connection refused"))
+    with pytest.raises(Remote, match="connection refused"):
+        snapshots.prepare("default/1/a", "", pull(0))
+    assert list(snapshots.walk()) == []
+    layers.answer = None
+    with pytest.raises(AlreadyExists):
+        snapshots.prepare("default/1/a", "", pull(0))
 
 
 @pytest.mark.parametrize(
