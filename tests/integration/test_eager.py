@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -254,6 +255,29 @@ def test_a_daemon_that_is_killed_in_the_middle(primary: Rig) -> None:
     with primary.rootfs(layout, "soci") as root:
         assert {name: sum_of(root / name) for name in sums} == sums
     forget(primary, "killed")
+
+
+def test_a_daemon_that_is_stopped_in_the_middle(primary: Rig) -> None:
+    """SIGTERM while a registry says nothing: the pull ends with an error, the daemon ends, nothing stays."""
+    layer, _ = big_layer(355, files=100)
+    primary.publish("stopped", [layer], index=False)
+    filling = primary.daemon.root / "filling"
+
+    def stop() -> None:
+        until(lambda: any(filling.glob("*/blob")), "the pull did not begin", pause=0.001)
+        primary.proxy.stall()
+        primary.daemon.process.send_signal(signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert pull_fails(primary, "stopped")
+    thread.join()
+    primary.daemon.process.wait(20)
+    primary.proxy.resume()
+    primary.daemon.start()
+    primary.reconnected()
+    nothing_left(primary, layer)
+    forget(primary, "stopped")
 
 
 def test_a_changed_layer_that_cannot_be_fetched_by_spans(primary: Rig) -> None:

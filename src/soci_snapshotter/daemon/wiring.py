@@ -175,7 +175,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             },
         )
         stack.enter_context(introspection(config, parts, address.parent))
-        stack.enter_context(_serving(snapshotter, address))
+        stack.enter_context(_serving(snapshotter, address, lazy.give_up))
         yield Daemon(layers, mounter, address.parent)
 
 
@@ -245,8 +245,11 @@ def _resolver(config: Config, client: RegistryClient, counters: Counters) -> Ind
 
 
 @contextmanager
-def _serving(snapshotter: Snapshotter, address: Path) -> Iterator[None]:
-    """gRPC on the unix socket `address`; a socket left by a dead daemon is replaced (the keeper allows one daemon)."""
+def _serving(snapshotter: Snapshotter, address: Path, stopping: Callable[[], None]) -> Iterator[None]:
+    """gRPC on the unix socket `address`; a socket left by a dead daemon is replaced (the keeper allows one daemon).
+
+    `stopping` ends calls that may take long.
+    """
     address.unlink(missing_ok=True)
     with ThreadPoolExecutor(RPC_THREADS, "rpc") as pool:
         server = grpc.server(pool)
@@ -257,7 +260,9 @@ def _serving(snapshotter: Snapshotter, address: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            server.stop(STOP_SECONDS).wait()
+            stopped = server.stop(STOP_SECONDS)  # takes no more calls
+            stopping()
+            stopped.wait()
 
 
 def _released(executor: ThreadPoolExecutor, layers: list[OpenLayers], node: int) -> None:

@@ -138,6 +138,15 @@ class EagerPulls:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def give_up(self) -> None:
+        """The daemon stops: whoever waits for a layer gets an error now."""
+        self.close()
+        self._tools.unpackers.close()
+
+    def close(self) -> None:
+        """Stop what is fetched; nothing is begun any more."""
         with self._lock:
             self._closed = True
             jobs, timers = list(self._jobs.values()), list(self._timers)

@@ -200,6 +200,11 @@ class Lazy:
         usage = self.usage(mounted.number)
         return LazyLayer(str(mounted.key), mounted.number, usage.size, usage.inodes, labels)
 
+    def give_up(self) -> None:
+        """The daemon stops: calls that wait for a whole layer end with an error."""
+        if self._wholes is not None:
+            self._wholes.give_up()
+
     def serves(self, request: LazyRequest, mount_id: int, layer_key: str) -> str | None:
         """None when a lazy snapshot of the same chain ID may stand for `request`, else why not.
 

@@ -34,6 +34,10 @@ class Unpackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill what runs; nothing is started any more."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []

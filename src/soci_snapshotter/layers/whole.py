@@ -68,6 +68,10 @@ class WholeLayers:
             self._free.offer(pull)
         return mounted
 
+    def give_up(self) -> None:
+        """The daemon stops: nobody is to wait for a layer any longer."""
+        self._pulls.give_up()
+
     def serves(self, layer: Digest, layer_key: str) -> bool:
         """Whether a layer with this key is one of ours: whatever is in it was learned from the layer itself."""
         entry = self._free.ztocs.find(layer)
