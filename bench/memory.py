@@ -48,9 +48,11 @@ def _bench(name: str, blobs: list[bulk.Blob], against: Peer, runs: int) -> Resul
                 node.pull(against.name, f"{proxy.host}/bench/memory-{against.name}:1")
                 node.mount(against.name, chain, "memory-peer")
                 trees += node.layers("memory-peer")
+            peak = unread
             for number in range(runs):
                 for tree in trees:
                     _read_part(tree, number)
+                    peak = max(peak, _ours(node), key=lambda each: sum(each.values()))
                 time.sleep(_IDLE_S if runs > 1 else 0)
                 marks = [each for each in (against.root, against.socket) if each]
                 other = sum(pss_mb([], marks).values()) if against.lazy else TARGET_MB[name]
@@ -66,6 +68,8 @@ def _bench(name: str, blobs: list[bulk.Blob], against: Peer, runs: int) -> Resul
         notes={
             **notes,
             "before_any_read_mb": round(sum(unread.values()), 1),
+            "peak_between_reads_mb": round(sum(peak.values()), 1),
+            "peak_by_process": ", ".join(f"{name}: {value:.1f}" for name, value in peak.items()),
             "bytes_fetched": proxy.received,
         },
     )

@@ -52,11 +52,24 @@ class Node:
         target = self.base / "mounts" / key
         target.mkdir(parents=True)
         snapshots = ("snapshots", "--snapshotter", snapshotter)
-        self.containerd.ctr(*snapshots, "prepare", key, chain_id)
-        commands = self.containerd.ctr(*snapshots, "mounts", str(target), key).stdout
+        name = f"{key}-{os.urandom(4).hex()}"  # a peer that runs for longer knows other runs' names
+        self.containerd.ctr(*snapshots, "prepare", name, chain_id)
+        commands = self.containerd.ctr(*snapshots, "mounts", str(target), name).stdout
         for command in commands.strip().splitlines():
             subprocess.run(command.split(), check=True)
         return target
+
+    def forget(self, snapshotter: str) -> None:
+        """Remove everything from a snapshotter that outlives this containerd, so that the next pull is a first one."""
+        unmount_below(self.base / "mounts")
+        for image in self.containerd.ctr("images", "ls", "-q").stdout.split():
+            self.containerd.ctr("images", "rm", "--sync", image)
+        snapshots = ("snapshots", "--snapshotter", snapshotter)
+        while left := self.containerd.ctr(*snapshots, "ls").stdout.splitlines()[1:]:
+            removed = [self.containerd.ctr(*snapshots, "rm", each.split()[0], check=False) for each in left]
+            if all(each.returncode for each in removed):  # one whose children are gone goes in each round
+                raise RuntimeError(f"{snapshotter}: {removed[0].stderr}")
+        self.containerd.garbage_collect()
 
     def layers(self, key: str) -> list[Path]:
         """The directories below a mount, the topmost layer first, as they were when it was made."""
@@ -129,6 +142,8 @@ class Site:
                 )
                 node = Node(base, containerd, daemons)
                 stack.callback(unmount_below, base / "mounts")
+                if peer and peer.lazy:
+                    stack.callback(node.forget, peer.name)
                 yield node
         finally:
             unmount_below(base)
