@@ -212,7 +212,7 @@ def test_an_older_kernel_clones_what_is_attached(tmp_path: Path, monkeypatch: py
     (tmp_path / "data").write_bytes(tar)
     with mounter("classic", tmp_path) as (server, layers):
         server.add(16, Pread(tmp_path / "data"))
-        targets = [tmp_path / f"m/{number}" for number in range(6)]
+        targets = [tmp_path / f"m/{number}" for number in range(12)]
         errors: list[BaseException] = []
 
         def one(target: Path) -> None:

@@ -49,6 +49,7 @@ class ClassicMounts:
         self._run = run
         self._visible = visible
         self._lock = threading.Lock()  # guards the tables
+        self._attach_turn = threading.Lock()
         self._mounted: dict[Path, int] = {}  # target -> tree
         self._leaving: set[int] = set()  # not mounted any more, but still used
         self._nodes: dict[int, int] = {}  # tree -> the flat file that it reads
@@ -164,13 +165,15 @@ class ClassicMounts:
         except OSError as problem:
             if problem.errno != errno.EINVAL:
                 raise
-        try:
-            self._visible.mkdir(mode=0o700, exist_ok=True)
-            mounts.attach(descriptor, os.fsencode(self._visible))
-        except OSError as problem:
-            if problem.errno != errno.EINVAL:  # another thread was first
-                raise
+        with self._attach_turn:
+            if not self._attached():
+                self._visible.mkdir(mode=0o700, exist_ok=True)
+                mounts.attach(descriptor, os.fsencode(self._visible))
         return mounts.clone(descriptor, name, _CLEARED)
+
+    def _attached(self) -> bool:
+        path = os.fsencode(self._visible.parent.resolve() / self._visible.name)
+        return any(entry.target == path for entry in mounts.mountinfo())
 
     def _write(self, path: Path, record: _Record) -> None:
         temporary = path.with_suffix(".tmp")
