@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from harness.containerd import unmount_below
 
 from soci_snapshotter.errors import Unsupported
 from soci_snapshotter.formats.erofs import build_meta
@@ -119,6 +120,7 @@ def mounter(method: Method, base: Path) -> Iterator[tuple[FuseServer, LayerMount
             yield server, found
         finally:
             found.detach()
+            unmount_below(base)  # what a test that failed left
 
 
 @contextmanager
