@@ -24,19 +24,23 @@ _LEAST_SHARE = 0.95
 
 
 def plain_share(proxy: Proxy, repository: str, blob: Blob) -> float:
-    """The share of the link's rate that a plain GET of the blob gets. RuntimeError if that is too little."""
-    connection = http.client.HTTPConnection("127.0.0.1", proxy.port)
-    connection.request("GET", f"/v2/{repository}/blobs/{blob.digest}")
-    response = connection.getresponse()
-    started = time.monotonic()
-    size = 0
-    while piece := response.read(1 << 20):
-        size += len(piece)
-    share = size / (time.monotonic() - started) / RATE
-    connection.close()
+    """The share of the link's rate that a plain GET of the blob gets, the best of three. RuntimeError if that is too
+    little.
+    """
+    share = max(_plain(proxy, f"/v2/{repository}/blobs/{blob.digest}") for _ in range(3))
     if share < _LEAST_SHARE:
         raise RuntimeError(f"the link gives a plain download {share:.0%} of its rate: is the machine busy?")
     return round(share, 3)
+
+
+def _plain(proxy: Proxy, path: str) -> float:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", proxy.port)) as connection:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        started, size = time.monotonic(), 0
+        while piece := response.read(1 << 20):
+            size += len(piece)
+    return size / (time.monotonic() - started) / RATE
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def _bench(name: str, blobs: list[bulk.Blob], against: Peer, runs: int) -> Resul
         "MB",
         measured,
         target=1.0,
+        worst=True,
         notes={
             **notes,
             "before_any_read_mb": round(sum(unread.values()), 1),
