@@ -99,10 +99,12 @@ def large_sectors(base: Path) -> Iterator[Path]:
     try:
         subprocess.run(["mkfs.ext4", "-q", device], check=True)
         subprocess.run(["mount", device, str(inside)], check=True)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)  # when the mount goes, if there is one
+    try:
         yield inside
     finally:
         unmount_below(inside)
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])
