@@ -387,7 +387,8 @@ def test_a_reader_joins_a_range_that_brings_its_span_soon(bench: Bench) -> None:
     bench.source.pieces.release(30)
     bench.kernel.wait(1)
     assert bench.kernel.answers[1] == wanted
-    assert len(bench.source.asked) == 1
+    # Failed once on a loaded machine: the message tells a broken range from one that was not joined.
+    assert len(bench.source.asked) == 1, (behind.error, behind.held.is_set(), bench.reader.counts)
     behind.end()
 
 
