@@ -264,13 +264,12 @@ def test_a_layer_dropped_under_a_range_is_left_alone(node: Node) -> None:
     assert len(layer.source.asked) == 1
 
 
-def test_a_reader_is_served_first(node: Node) -> None:
+def test_a_reader_is_served_first(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read in the middle of a slow range: its own request, answered while the range is still under way."""
     layer = node.add("a")
     layer.source.play = lambda: time.sleep(0.01 if threading.current_thread().name.startswith("b") else 0)
-    monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("soci_snapshotter.layers.flight.JOIN_BYTES", 70_000)
-    with monkeypatch.context(), node.background():
+    with node.background():
         until(lambda: bool(layer.source.asked))
         start = SPANS.uncompressed_range(14)[0]
         assert layer.reader.read(1, start, 100) is None

@@ -387,8 +387,7 @@ def test_a_reader_joins_a_range_that_brings_its_span_soon(bench: Bench) -> None:
     bench.source.pieces.release(30)
     bench.kernel.wait(1)
     assert bench.kernel.answers[1] == wanted
-    # Failed once on a loaded machine: the message tells a broken range from one that was not joined.
-    assert len(bench.source.asked) == 1, (behind.error, behind.held.is_set(), bench.reader.counts)
+    assert len(bench.source.asked) == 1
     behind.end()
 
 
@@ -406,7 +405,9 @@ def test_nobody_joins_a_range_that_is_held_up(bench: Bench) -> None:
     assert os.pread(bench.files.fd, len(TAR), 0) == TAR
 
 
-def test_a_failed_range_is_no_readers_error(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_range_is_no_readers_error(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who joined a background range that breaks gets the bytes by a request of its own; the caller hears of it."""
 
     def first_fails(number: int, data: bytes) -> bytes:
@@ -424,10 +425,9 @@ def test_a_failed_range_is_no_readers_error(bench: Bench, caplog: pytest.LogCapt
             joined[0] = read_span(bench, 1, 0)
         start(begin, end, sink, deadline)
 
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(bench.source, "read_range", joining)
+    monkeypatch.setattr(bench.source, "read_range", joining)
     bench.source.gate.set()
-    with monkey.context(), pytest.raises(Remote):
+    with pytest.raises(Remote):
         bench.reader.fetch_background(1 << 30, lambda may: None)
     bench.kernel.wait(1)
     assert bench.kernel.answers[1] == joined[0]
