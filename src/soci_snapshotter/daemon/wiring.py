@@ -76,11 +76,13 @@ class Daemon:
     """What runs."""
 
     layers: OpenLayers
+    snapshotter: Snapshotter
     mounter: LayerMounts
     run_dir: Path
 
     def unmount_all(self) -> None:
         """SIGINT: take every mount down, and the keeper with them."""
+        self.snapshotter.unmount_all()
         self.layers.unmount_all()
         self.mounter.detach()
         keeper_client.stop(self.run_dir)
@@ -152,7 +154,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             rules=rules,
             wholes=WholeLayers(layers, images, stack.enter_context(_pulls(config, root, blob)), free),
         )
-        snapshotter = stack.enter_context(_snapshotter(root, lazy, resolver, rules))
+        snapshotter = stack.enter_context(_snapshotter(root, lazy, resolver, rules, fresh=fresh))
         layers.attach(snapshotter)
         layers.restore_mounts((number for number, _ in snapshotter.lazy_rows()), fresh=fresh)
         completer = Completer(layers)
@@ -176,7 +178,7 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         )
         stack.enter_context(introspection(config, parts, address.parent))
         stack.enter_context(_serving(snapshotter, address, lazy.give_up))
-        yield Daemon(layers, mounter, address.parent)
+        yield Daemon(layers, snapshotter, mounter, address.parent)
 
 
 def _make_directories(*directories: Path) -> None:
@@ -224,13 +226,18 @@ def _pulls(config: Config, root: Path, blob: Blob) -> Iterator[EagerPulls]:
         yield pulls
 
 
-def _snapshotter(root: Path, lazy: Lazy, resolver: IndexResolver, rules: Eager) -> Snapshotter:
-    return Snapshotter(
+def _snapshotter(
+    root: Path, lazy: Lazy, resolver: IndexResolver, rules: Eager, *, fresh: bool
+) -> Snapshotter:
+    snapshotter = Snapshotter(
         os.fsencode(root / "snapshotter"),
         lazy=lazy,
         options=PrepareOptions(resolver.discovers, rules.primary or rules.fallback),
         overlay_options=overlay_options(),
     )
+    if fresh:
+        snapshotter.unmount_all()
+    return snapshotter
 
 
 def _resolver(config: Config, client: RegistryClient, counters: Counters) -> IndexResolver:

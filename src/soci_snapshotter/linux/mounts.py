@@ -117,6 +117,19 @@ def clone(mount_fd: int, path: bytes, clear: int) -> int:
     return descriptor
 
 
+def id_mapped(path: bytes, namespace: int) -> int:
+    """A read-only mount, in no mount table, of the directory `path` of a visible mount, whose owners are seen as the
+    user namespace (a descriptor) maps them. Raises OSError: EINVAL where filesystem or kernel cannot.
+    """
+    descriptor = syscalls.open_tree(syscalls.AT_FDCWD, path)
+    try:
+        syscalls.mount_map_ids(descriptor, MOUNT_ATTR_RDONLY, namespace)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def attach(mount_fd: int, target: bytes) -> None:
     """Put a mount that is in no mount table on the directory `target`. Raises OSError."""
     syscalls.move_mount(mount_fd, target)

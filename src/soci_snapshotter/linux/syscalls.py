@@ -87,7 +87,16 @@ def move_mount(fd: int, target: bytes) -> None:
 
 def mount_clear(fd: int, attributes: int) -> None:
     """mount_setattr(2) (Linux 5.12): take the MOUNT_ATTR_* bits `attributes` off the mount `fd`."""
-    attr = _MountAttr(0, attributes, 0, 0)
+    _mount_setattr(fd, _MountAttr(0, attributes, 0, 0))
+
+
+def mount_map_ids(fd: int, attributes: int, namespace: int) -> None:
+    """mount_setattr(2): have the detached mount `fd` map ids as the user namespace does, and set MOUNT_ATTR_* bits."""
+    idmap = 0x00100000
+    _mount_setattr(fd, _MountAttr(idmap | attributes, 0, 0, namespace))
+
+
+def _mount_setattr(fd: int, attr: _MountAttr) -> None:
     result: int = _libc.syscall(
         ctypes.c_long(SYS_MOUNT_SETATTR),
         ctypes.c_long(fd),

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Collection
 
 from ..errors import Config
+from ..policy.idmaps import IdMap
 from ..policy.lazy import Usage
 
 _log = logging.getLogger(__name__)
@@ -48,8 +49,10 @@ class Directories:
         """The work directory for overlayfs."""
         return os.path.join(self._top, str(snapshot_id), "work")
 
-    def make(self, snapshot_id: int, *, work: bool, like: str | bytes | None) -> None:
-        """Make a snapshot's directories; `like` is the directory whose owner the top takes.
+    def make(
+        self, snapshot_id: int, *, work: bool, like: str | bytes | None, mapping: IdMap | None = None
+    ) -> None:
+        """Make a snapshot's directories; `like` is the directory whose owner the top takes, as `mapping` maps it.
 
         Modes are set after mkdir, since the umask is the process's and not ours to change.
         """
@@ -57,9 +60,14 @@ class Directories:
         upper = self.upper(snapshot_id)
         os.mkdir(upper, 0o755)
         os.chmod(upper, 0o755)  # noqa: S103 - a container's / for all its users
+        owner = None
         if like is not None:
-            owner = os.stat(like)
-            os.chown(upper, owner.st_uid, owner.st_gid, follow_symlinks=False)
+            status = os.stat(like)
+            owner = status.st_uid, status.st_gid
+        if mapping is not None:  # overlayfs maps what it reads from lowerdirs, but not the upperdir
+            owner = mapping.owner(*(owner or (0, 0)))
+        if owner is not None:
+            os.chown(upper, *owner, follow_symlinks=False)
         if work:
             os.mkdir(self.work(snapshot_id), 0o711)
             os.chmod(self.work(snapshot_id), 0o711)  # noqa: S103 - containerd's choice

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from ..errors import AlreadyExists, Integrity, Precondition, Remote, SociError
+from ..errors import AlreadyExists, Integrity, NotFound, Precondition, Remote, SociError
 from ..formats import snapfilter
 from ..policy import prepare as policy
+from ..policy.idmaps import IdMap, id_map
 from ..policy.proof import Claim, claim_of
 from ..store.snapshots import Kind, Link, Snapshot, SnapshotStore
 from .directories import Directories
 from .flight import Flights
+from .idmaps import MappedMounts
 from .mounts import Mount, Stack, mounts
 from .ports import (
     Declined,
@@ -78,6 +80,7 @@ class Snapshotter:
         self._options = options or policy.Options()
         self._overlay_options = tuple(overlay_options)
         self._directories = Directories(root)
+        self._mapped = MappedMounts(root)
         self._store = SnapshotStore(os.path.join(root, b"metadata.sqlite"))
         self._flights: Flights[_Tried] = Flights()
         self._making_lock = threading.Lock()
@@ -144,8 +147,8 @@ class Snapshotter:
         row = self._store.get(key)
         if row.kind == Kind.COMMITTED:
             raise Precondition(f"snapshot {key!r} is committed: only active and view snapshots have mounts")
-        _, chain = self._store.chain(row.parent)
-        return self._give_mounts(row, chain)
+        top, chain = self._store.chain(row.parent)
+        return self._give_mounts(row, chain, self._mapping(row.labels, top))
 
     def commit(self, key: str, name: str, labels: Mapping[str, str], *, parent: str = "") -> None:
         """Turn the active `key` into the committed `name`."""
@@ -154,11 +157,13 @@ class Snapshotter:
             raise Precondition(f"cannot commit snapshot {key!r}: it is not active")
         usage = self._directories.usage(row.id)
         _, returned = self._store.commit(key, name, labels, usage, parent)
+        self._mapped.remove(row.id)
         self._tidy((), returned)
 
     def remove(self, key: str) -> None:
         """Forget a snapshot; its key can be used again at once. Its directory goes at cleanup."""
         removed = self._store.remove(key)
+        self._mapped.remove(removed.snapshot.id)
         mount_id = removed.snapshot.mount_id
         self._tidy(() if mount_id is None else (mount_id,), removed.returned)
 
@@ -168,7 +173,16 @@ class Snapshotter:
         # In this order: a directory leaves _making only after its row is there.
         with self._making_lock:
             making = frozenset(self._making)
-        self._directories.remove_others(listed, making | self._store.ids())
+        keep = making | self._store.ids()
+        self._directories.remove_others(listed, keep)
+        self._mapped.remove_others(keep)
+
+    def unmount_all(self) -> None:
+        """Take down what is mounted for containers in user namespaces; it is mounted again when asked for.
+
+        At a stop that unmounts, and at a start on a new FUSE connection: such mounts over an older one answer nothing.
+        """
+        self._mapped.remove_others(())
 
     def lazy_rows(self) -> list[tuple[int, str]]:
         """(mount id, layer key) of every lazy snapshot: the references that a restart starts from."""
@@ -259,13 +273,30 @@ class Snapshotter:
         self._store.commit_lazy(snapshot_id, name, parent=parent, labels=labels, layer=layer)
 
     def _create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> tuple[Mount, ...]:
-        _, chain = self._store.chain(parent)
+        top, chain = self._store.chain(parent)
         lowers = self._lowerdirs(chain)
+        mapping = self._mapping(labels, top)
         with self._new_id() as snapshot_id:
-            self._directories.make(snapshot_id, work=kind == Kind.ACTIVE, like=lowers[0] if lowers else None)
+            like = lowers[0] if lowers else None
+            self._directories.make(snapshot_id, work=kind == Kind.ACTIVE, like=like, mapping=mapping)
+            if mapping is not None:  # here, so that nothing is left where the kernel cannot
+                self._mapped.lowerdirs(snapshot_id, mapping, lowers)
             given = _lazy_ones(chain, lowers)
             row = self._store.create(snapshot_id, key, parent=parent, kind=kind, labels=labels, given=given)
-        return self._give_mounts(row, chain)
+        return self._give_mounts(row, chain, mapping)
+
+    def _mapping(self, labels: Mapping[str, str], top: Snapshot | None) -> IdMap | None:
+        """How ids are mapped for a snapshot with these labels; None where they are not, or are already.
+
+        A containerd that was not told of remap-ids copies the image's owners into a snapshot of its own, between the
+        image's and the container's: no layer of an image, and its top belongs to the container's root.
+        """
+        mapping = id_map(labels)
+        if mapping is None or top is None or top.mount_id is not None or policy.TARGET in top.labels:
+            return mapping
+        status = os.stat(self._directories.upper(top.id))
+        copied = (status.st_uid, status.st_gid) == mapping.root != (0, 0)
+        return None if copied else mapping
 
     @contextmanager
     def _new_id(self) -> Iterator[int]:
@@ -276,17 +307,25 @@ class Snapshotter:
         try:
             yield snapshot_id
         except BaseException:
+            self._mapped.remove(snapshot_id)
             self._directories.remove(snapshot_id)
             raise
         finally:
             with self._making_lock:
                 self._making.discard(snapshot_id)
 
-    def _give_mounts(self, row: Snapshot, chain: Sequence[Link]) -> tuple[Mount, ...]:
+    def _give_mounts(self, row: Snapshot, chain: Sequence[Link], mapping: IdMap | None) -> tuple[Mount, ...]:
         """Note lazy lowerdirs as given before handing them out, and look again: none may go in between."""
         lowers = self._lowerdirs(chain)
         while self._store.give(row.id, _lazy_ones(chain, lowers)):
             lowers = self._lowerdirs(chain)
+        if mapping is not None:
+            lowers = self._mapped.lowerdirs(row.id, mapping, lowers)
+            try:
+                self._store.get(row.key)
+            except NotFound:  # removed meanwhile, and its mounts before these
+                self._mapped.remove(row.id)
+                raise
         directories = self._directories
         texts = tuple(os.fsdecode(path) for path in lowers)
         stack = Stack(row.kind, directories.upper(row.id), directories.work(row.id), texts)
