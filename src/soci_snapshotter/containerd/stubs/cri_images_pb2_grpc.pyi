@@ -1,0 +1,23 @@
+from collections.abc import Iterator
+
+import grpc
+from google.protobuf import empty_pb2
+
+from soci_snapshotter.containerd.stubs import cri_images_pb2
+
+class ImageServiceStub:
+    def __init__(self, channel: grpc.Channel) -> None: ...
+    ListImages: grpc.UnaryUnaryMultiCallable[cri_images_pb2.ListImagesRequest, cri_images_pb2.ListImagesResponse]
+    ImageStatus: grpc.UnaryUnaryMultiCallable[cri_images_pb2.ImageStatusRequest, cri_images_pb2.ImageStatusResponse]
+    PullImage: grpc.UnaryUnaryMultiCallable[cri_images_pb2.PullImageRequest, cri_images_pb2.PullImageResponse]
+    RemoveImage: grpc.UnaryUnaryMultiCallable[cri_images_pb2.RemoveImageRequest, cri_images_pb2.RemoveImageResponse]
+    ImageFsInfo: grpc.UnaryUnaryMultiCallable[cri_images_pb2.ImageFsInfoRequest, cri_images_pb2.ImageFsInfoResponse]
+
+class ImageServiceServicer:
+    def ListImages(self, request: cri_images_pb2.ListImagesRequest, context: grpc.ServicerContext) -> cri_images_pb2.ListImagesResponse: ...
+    def ImageStatus(self, request: cri_images_pb2.ImageStatusRequest, context: grpc.ServicerContext) -> cri_images_pb2.ImageStatusResponse: ...
+    def PullImage(self, request: cri_images_pb2.PullImageRequest, context: grpc.ServicerContext) -> cri_images_pb2.PullImageResponse: ...
+    def RemoveImage(self, request: cri_images_pb2.RemoveImageRequest, context: grpc.ServicerContext) -> cri_images_pb2.RemoveImageResponse: ...
+    def ImageFsInfo(self, request: cri_images_pb2.ImageFsInfoRequest, context: grpc.ServicerContext) -> cri_images_pb2.ImageFsInfoResponse: ...
+
+def add_ImageServiceServicer_to_server(servicer: ImageServiceServicer, server: grpc.Server) -> None: ...
