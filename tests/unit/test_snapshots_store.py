@@ -251,7 +251,7 @@ def test_failed_transaction_leaves_the_store_usable(store: SnapshotStore) -> Non
     active(store, "before")
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(sqlite3.OperationalError, match="full"):
+    with pytest.raises(OSError, match="No space left"):
         store.create(store.reserve(), "big", parent="", kind=Kind.ACTIVE, labels={"l": "x" * 100_000})
     store._db.execute("PRAGMA max_page_count = 1000000")
     active(store, "after")

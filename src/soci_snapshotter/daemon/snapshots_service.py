@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import grpc
@@ -20,8 +21,12 @@ from ..store.snapshots import Snapshot
 _log = logging.getLogger(__name__)
 
 _NAMESPACE_HEADER = "containerd-namespace"
-# Snapshots in one List message: at containerd's limit of 4 KiB a label these stay far below gRPC's 4 MiB.
+# Snapshots in one List message, which with the largest of them stays below gRPC's 4 MiB.
 _BATCH = 100
+_BATCH_BYTES = 1 << 20
+# containerd's own store holds no longer keys (bbolt), and labels of 4 KiB each.
+_MAX_KEY = 32 << 10
+_MAX_LABELS = 1 << 20
 # A status message travels in an HTTP/2 header, which peers limit to 8 KiB or more.
 _MAX_MESSAGE = 2048
 _NANO = 1_000_000_000
@@ -39,7 +44,7 @@ class SnapshotsService(SnapshotsServicer):
         """An active snapshot, or ALREADY_EXISTS for a lazy one."""
         with _statuses(context):
             made = self._snapshotter.prepare(
-                _named(request.key), request.parent, dict(request.labels), namespace=_namespace(context)
+                _named(request.key), request.parent, _labels(request.labels), namespace=_namespace(context)
             )
             return pb.PrepareSnapshotResponse(mounts=_mounts(made))
 
@@ -48,7 +53,7 @@ class SnapshotsService(SnapshotsServicer):
     ) -> pb.ViewSnapshotResponse:
         """A read-only snapshot."""
         with _statuses(context):
-            made = self._snapshotter.view(_named(request.key), request.parent, dict(request.labels))
+            made = self._snapshotter.view(_named(request.key), request.parent, _labels(request.labels))
             return pb.ViewSnapshotResponse(mounts=_mounts(made))
 
     def Mounts(self, request: pb.MountsRequest, context: grpc.ServicerContext) -> pb.MountsResponse:  # noqa: N802
@@ -61,7 +66,7 @@ class SnapshotsService(SnapshotsServicer):
     ) -> empty_pb2.Empty:
         """Turn an active snapshot into a committed one."""
         with _statuses(context):
-            labels, name = dict(request.labels), _named(request.name)
+            labels, name = _labels(request.labels), _named(request.name)
             self._snapshotter.commit(request.key, name, labels, parent=request.parent)
             return empty_pb2.Empty()
 
@@ -86,7 +91,7 @@ class SnapshotsService(SnapshotsServicer):
         """Change labels."""
         with _statuses(context):
             info = request.info
-            row = self._snapshotter.update(info.name, dict(info.labels), tuple(request.update_mask.paths))
+            row = self._snapshotter.update(info.name, _labels(info.labels), tuple(request.update_mask.paths))
             return pb.UpdateSnapshotResponse(info=_info(row))
 
     def List(  # noqa: N802
@@ -95,11 +100,14 @@ class SnapshotsService(SnapshotsServicer):
         """The snapshots that some filter matches, in batches."""
         with _statuses(context):
             batch: list[pb.Info] = []
+            room = _BATCH_BYTES
             for row in self._snapshotter.walk(tuple(request.filters)):
-                batch.append(_info(row))
-                if len(batch) == _BATCH:
+                info = _info(row)
+                room -= info.ByteSize()
+                if len(batch) == _BATCH or (batch and room < 0):
                     yield pb.ListSnapshotsResponse(info=batch)
-                    batch = []
+                    batch, room = [], _BATCH_BYTES - info.ByteSize()
+                batch.append(info)
             if batch:
                 yield pb.ListSnapshotsResponse(info=batch)
 
@@ -126,7 +134,9 @@ def _statuses(context: grpc.ServicerContext) -> Iterator[None]:
         context.abort(grpc.StatusCode[error.grpc_code], str(error)[:_MAX_MESSAGE])
     except OSError as error:
         _log.warning("snapshot call failed", extra={"error": str(error)})
-        context.abort(grpc.StatusCode.UNKNOWN, str(error)[:_MAX_MESSAGE])
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.UNKNOWN
+        context.abort(code, str(error)[:_MAX_MESSAGE])
     except Exception as error:
         _log.exception("snapshot call failed")
         context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:_MAX_MESSAGE])
@@ -135,7 +145,18 @@ def _statuses(context: grpc.ServicerContext) -> Iterator[None]:
 def _named(key: str) -> str:
     if not key:
         raise Invalid("a snapshot needs a key")
+    if "\0" in key:
+        raise Invalid(f"snapshot {key[:160]!r}: a key has no NUL in it")
+    if len(key.encode()) > _MAX_KEY:
+        raise Invalid(f"snapshot {key[:160]!r}...: a key has at most {_MAX_KEY} bytes")
     return key
+
+
+def _labels(labels: Mapping[str, str]) -> dict[str, str]:
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in labels.items())
+    if size > _MAX_LABELS:
+        raise Invalid(f"labels of {size} bytes: a snapshot has at most {_MAX_LABELS}")
+    return dict(labels)
 
 
 def _namespace(context: grpc.ServicerContext) -> str:

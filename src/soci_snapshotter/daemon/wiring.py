@@ -154,9 +154,10 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
             rules=rules,
             wholes=WholeLayers(layers, images, stack.enter_context(_pulls(config, root, blob)), free),
         )
-        snapshotter = stack.enter_context(_snapshotter(root, lazy, resolver, rules, fresh=fresh))
+        snapshotter = stack.enter_context(_snapshotter(layers, lazy, resolver, rules, root=root, fresh=fresh))
         layers.attach(snapshotter)
-        layers.restore_mounts((number for number, _ in snapshotter.lazy_rows()), fresh=fresh)
+        quiet = config.snapshotter.allow_invalid_mounts_on_restart
+        layers.restore_mounts(snapshotter.lazy_rows(), fresh=fresh, expect_lost=quiet)
         completer = Completer(layers)
         layers.on_full, layers.on_lie = completer.submit, completer.condemn
         stack.enter_context(completer)
@@ -227,13 +228,15 @@ def _pulls(config: Config, root: Path, blob: Blob) -> Iterator[EagerPulls]:
 
 
 def _snapshotter(
-    root: Path, lazy: Lazy, resolver: IndexResolver, rules: Eager, *, fresh: bool
+    layers: OpenLayers, lazy: Lazy, resolver: IndexResolver, rules: Eager, *, root: Path, fresh: bool
 ) -> Snapshotter:
+    known = len(layers.all_layers())
     snapshotter = Snapshotter(
         os.fsencode(root / "snapshotter"),
         lazy=lazy,
         options=PrepareOptions(resolver.discovers, rules.primary or rules.fallback),
         overlay_options=overlay_options(),
+        missed=f"{known} layers in {root}/layers" if known else "",
     )
     if fresh:
         snapshotter.unmount_all()

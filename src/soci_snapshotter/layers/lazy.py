@@ -211,7 +211,9 @@ class Lazy:
         While nothing is proven the same chain ID is only a claim: then it must be the same layer with the same ztoc.
         """
         layer = self._layers.layer_of(mount_id)
-        if layer is not None and layer.record.complete:
+        if layer is None:
+            return f"the snapshot that is here already has lost its layer {request.layer_digest}"
+        if layer.record.complete:
             return None  # its snapshots were judged, or will be in a moment
         reference = references.parse(request.image_ref)
         digest = digests.parse(request.layer_digest)

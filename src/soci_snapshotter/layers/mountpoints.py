@@ -14,6 +14,7 @@ from typing import Protocol
 
 _log = logging.getLogger(__name__)
 
+_DIGITS = 19  # sqlite's integers have 18 whole ones
 _NOT_MOUNTED = (errno.ENOENT, errno.EINVAL)  # umount2(2)
 
 
@@ -32,8 +33,8 @@ class MountPoints:
         self._top = root / "m"
         self._mounter = mounter
         self._lock = threading.Lock()
-        self._last = 0
         self._top.mkdir(mode=0o700, exist_ok=True)
+        self._last = max((int(name) for name in os.listdir(self._top) if _is_number(name)), default=0)
 
     def path(self, number: int) -> Path:
         """Where mount `number` is, or would be."""
@@ -83,4 +84,18 @@ class MountPoints:
 
     def mounted(self) -> set[int]:
         """What is mounted now."""
-        return {int(path.name) for path in self._mounter.mounted() if path.name.isdigit()}
+        return {int(path.name) for path in self._mounter.mounted() if _is_number(path.name)}
+
+    def sweep(self) -> None:
+        """Remove mount points on which nothing is mounted: of a reboot, and of calls that were killed."""
+        mounted = self.mounted()
+        for name in os.listdir(self._top):
+            if _is_number(name) and int(name) not in mounted:
+                try:
+                    self.path(int(name)).rmdir()
+                except OSError as error:
+                    _log.debug("not a mount point", extra={"name": name, "error": str(error)})
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and name[0] != "0" and len(name) < _DIGITS

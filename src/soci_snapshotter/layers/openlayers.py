@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,14 +25,14 @@ from types import TracebackType
 
 import msgspec
 
-from soci_snapshotter.errors import SociError
 from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.layers.donors import Donor, adopt, borrow
 from soci_snapshotter.layers.eager import Filled
 from soci_snapshotter.layers.meta import MetaRequest, MetaResult
 from soci_snapshotter.layers.mountpoints import Mounter
 from soci_snapshotter.layers.openlayer import Layer, LayerKey, OpenLayer, Surroundings
-from soci_snapshotter.layers.proving import LOST, Book, Prover, believed
+from soci_snapshotter.layers.proving import Book, Prover
+from soci_snapshotter.layers.restoring import Restorer
 from soci_snapshotter.layers.shelf import FlatServer, Shelf
 from soci_snapshotter.layers.timing import measured
 from soci_snapshotter.layers.workers import MetaWorkers
@@ -47,8 +47,6 @@ from soci_snapshotter.store.layerfiles import (
     LayerRecord,
     Stamp,
     layer_directory,
-    read_record,
-    scan,
     sync_directory,
     write_record,
 )
@@ -112,6 +110,8 @@ class OpenLayers:
             on_full=self._full,
             on_lie=self._lies,
         )
+        self._restorer = Restorer(root, self._shelf, self._prover, content, around)
+        self._lost_lock = threading.Lock()
         (root / "layers").mkdir(mode=0o700, exist_ok=True)
 
     def __enter__(self) -> OpenLayers:
@@ -208,12 +208,13 @@ class OpenLayers:
         layer = self._shelf.of_number(number)
         if layer is not None and layer.record.complete:
             with self._shelf.turns.turn(layer.key):
-                self._judge(layer)
+                self._prover.judge(layer)
 
     def release(self, number: int) -> None:
         """Take back one reference. At none its mount goes, and with the last one, after FUSE RELEASE, the layer."""
         layer = self._shelf.of_number(number)
         if layer is None:
+            self._release_lost(number)
             return
         with self._shelf.turns.turn(layer.key):
             self._references[number] -= 1
@@ -266,7 +267,7 @@ class OpenLayers:
             layer.remove_marks()
             self.counts["layers_completed"] += 1
             _log.info("layer complete", extra={"layer": str(layer.key), "diff_id": diff_id})
-            self._judge(layer)
+            self._prover.judge(layer)
             self._shelf.show_local(layer)
 
     def settle(self, key: LayerKey) -> None:
@@ -322,53 +323,19 @@ class OpenLayers:
 
     def restore_files(self, *, fresh: bool) -> None:
         """Read every layer on disk and serve its node: before the FUSE server starts, for requests in flight."""
-        for directory in scan(self._root):
-            if not (directory / "layer.json").exists():  # a Prepare was interrupted
-                shutil.rmtree(directory, ignore_errors=True)
-                continue
-            try:
-                layer = Layer(directory, read_record(directory))
-                if layer.record.complete and not believed(layer, os.fsdecode(self._around.boot)):
-                    self._disbelieve(layer)
-                # Each mount opened the node once, before this process: without that count one of two mounts that
-                # goes would look like the last. Nothing is open on a fresh connection.
-                readers = layer.record.through_fuse()
-                opens = 0 if fresh else len(readers)
-                if layer.record.complete:
-                    if opens:
-                        self._shelf.serve_whole(layer, os.open(layer.data, os.O_RDONLY | os.O_CLOEXEC), opens)
-                elif layer.record.lie:
-                    self._shelf.fail(layer)
-                elif readers or not layer.record.mounts:
-                    self._shelf.serve(layer, opens)
-            except (SociError, OSError) as error:
-                _log.error(
-                    "layer cannot be restored: its snapshots are unavailable, the others are not affected",
-                    extra={"directory": str(directory), "error": str(error)},
-                )
-            else:
-                self._shelf.put(layer)
-                _log.debug("layer restored", extra={"layer": str(layer.key)})
+        self._restorer.files(fresh=fresh)
+        self.counts["layers_refilled"] += self._restorer.refilled
 
-    def restore_mounts(self, references: Iterable[int], *, fresh: bool) -> None:
+    def restore_mounts(
+        self, rows: Iterable[tuple[int, str]], *, fresh: bool, expect_lost: bool = False
+    ) -> None:
         """Adopt what is mounted, mount what is not, drop what no row refers to.
 
-        `references`: the mount number of each lazy row. `fresh`: the FUSE connection is new, so that mounts made over
-        an older one answer nothing any more; containers that still run on those are lost, new ones get new mounts.
+        `rows`: mount number and layer key of each lazy row. `fresh`: the FUSE connection is new. `expect_lost`: layers
+        that cannot be restored are a warning, not an error; the start goes on either way.
         """
-        counts = Counter(references)
-        mounted = self._shelf.points.mounted()
-        for layer in self._shelf.all():
-            try:
-                self._restore(layer, counts, mounted, fresh)
-            except (SociError, OSError) as error:
-                _log.error(
-                    "the mounts of a layer cannot be restored",
-                    extra={"layer": str(layer.key), "error": str(error)},
-                )
-        known = {number for layer in self._shelf.all() for number in layer.record.standing()}
-        for number in mounted - known:  # an interrupted Prepare or Remove left it, and no record names it
-            self._shelf.points.unmount(number)
+        self._restorer.expect_lost = expect_lost
+        self._restorer.mounts(rows, self._references, fresh=fresh)
 
     def unmount_all(self) -> None:
         """Take down every mount (SIGINT); records stay, the next start mounts them again."""
@@ -381,6 +348,15 @@ class OpenLayers:
 
     def _lies(self, key: LayerKey, reason: str) -> None:
         self.on_lie(key, reason)
+
+    def _release_lost(self, number: int) -> None:
+        with self._lost_lock:
+            self._references[number] -= 1
+            last = self._references[number] <= 0
+            if last:
+                del self._references[number]
+        if last:
+            self._restorer.released(number)
 
     # -- steps, in the layer's turn ------------------------------------------------------------------------------
 
@@ -435,18 +411,6 @@ class OpenLayers:
             self._full(key)  # to be settled
         return layer
 
-    def _disbelieve(self, layer: Layer) -> None:
-        if layer.record.by_span:
-            layer.forget_bytes()
-            self.counts["layers_refilled"] += 1
-        else:
-            self._prover.lost(layer)
-
-    def _judge(self, layer: Layer) -> None:
-        self._prover.judge(layer)
-        if layer.whole is not None:
-            layer.whole.condemned = layer.record.condemned
-
     def _empty(self, layer: Layer) -> None:
         """A layer that sleeps, and that nobody has open, gives up its bytes."""
         self._shelf.stop_serving(layer)
@@ -463,34 +427,3 @@ class OpenLayers:
             if os.fsencode(self._shelf.points.path(number)) not in handed:
                 with self._shelf.turns.turn(key):
                     self._shelf.unmount_superseded(key, number)
-
-    def _restore(self, layer: Layer, counts: Counter[int], mounted: set[int], fresh: bool) -> None:
-        record, shelf = layer.record, self._shelf
-        alive = mounted - (record.through_fuse() if fresh else set())
-        for number in record.standing() & (mounted - alive):
-            _log.warning(
-                "a mount outlived its FUSE connection: containers that use it must be restarted",
-                extra={"layer": str(layer.key), "mount": number},
-            )
-            shelf.points.unmount(number)
-        shelf.adopt(layer, alive)
-        for number in record.mounts.values():
-            self._references[number] = counts[number]
-            if not counts[number]:
-                shelf.forget(layer, number)
-        if not layer.record.mounts:
-            there = shelf.find(layer.key) is not None
-            if there and (fresh or (layer.lazy is None and layer.whole is None)):
-                shelf.drop(layer.key, layer, layer.directory)
-            return
-        if layer.record.lie == LOST:
-            self._prover.lost(layer)  # there is a book now
-        if layer.record.complete:
-            self._judge(layer)
-            shelf.show_local(layer)
-        if layer.record.condemned:
-            return
-        for meta_hash, number in layer.record.mounts.items():
-            shown = layer.record.path_number(meta_hash)
-            if shown and shelf.shown(number) is None:
-                shelf.show(layer, meta_hash, shown)

@@ -73,6 +73,8 @@ class Prover:
         self._condemn(layer, {claim: _misfit(layer.key, record.diff_id, claim) for claim in found.condemned})
         if record.condemned != (not found.proven):
             layer.save(msgspec.structs.replace(record, condemned=not found.proven))
+            if layer.whole is not None:
+                layer.whole.condemned = layer.record.condemned
         if not found.proven:
             reason = _misfit(layer.key, record.diff_id, claims[0])
             self._remember(layer, Entry(record.layer_digest, record.ztoc_digest, record.diff_id, reason))

@@ -72,6 +72,9 @@ class Shelf:
         self._shown: dict[int, int] = {}  # a row's number -> n of the m/<n> that is up and handed out now
         self._superseded: dict[int, tuple[LayerKey, float]] = {}  # n -> whose, since when; to be looked at
         self._held: dict[int, LayerKey] = {}  # n -> whose: superseded, and some snapshot has it
+        self._lost: dict[
+            int, tuple[LayerKey, str]
+        ] = {}  # a row's number -> whose, and why nothing can be mounted
         self._pins: Counter[int] = Counter()  # n -> who reads attributes below it at this moment
         self._used: dict[LayerKey, float] = {}  # when somebody last asked for a path of it, time.monotonic()
 
@@ -111,13 +114,25 @@ class Shelf:
         """The path to hand out now for a row's number. Raises Remote when it cannot be brought up."""
         with self._lock:
             shown, key = self._shown.get(number), self._owners.get(number)
+            lost = self._lost.get(number)
             if key is not None:
                 self._used[key] = time.monotonic()
         if shown is None:
             if key is None:
-                raise Remote(f"lazy mount {number} is not available; the log of the daemon's start says why")
+                raise Remote(f"lazy mount {number} is gone" if lost is None else lost[1])
             shown = self._wake(key, number)
         return self.points.path(shown)
+
+    def lose(self, number: int, key: LayerKey, reason: str) -> None:
+        """Nothing can be mounted for this row's number; `reason` names the layer and what to do."""
+        with self._lock:
+            self._lost[number] = key, reason
+
+    def forget_lost(self, number: int) -> LayerKey | None:
+        """No row has this number any more; whose it was, if it was the lost layer's last."""
+        with self._lock:
+            key, _ = self._lost.pop(number, (None, ""))
+            return None if any(other == key for other, _ in self._lost.values()) else key
 
     @contextmanager
     def pinned(self, numbers: Sequence[int]) -> Iterator[dict[int, Path]]:
@@ -265,7 +280,9 @@ class Shelf:
                     try:
                         self.show(layer, meta_hash)
                     except OSError as error:
-                        raise Remote(f"layer {key}: cannot be mounted: {error}") from None
+                        raise Remote(
+                            f"layer {key}: cannot be mounted: {error}; remove its image and pull it again"
+                        ) from None
                     shown = self.shown(number)
         if shown is None:
             raise Remote(f"lazy mount {number} is gone")

@@ -82,8 +82,8 @@ class Directories:
         shutil.rmtree(os.path.join(self._top, str(snapshot_id)).encode(), onerror=failed)
 
     def listed(self) -> list[str]:
-        """The names under snapshots/."""
-        return os.listdir(self._top)
+        """The names of snapshots' directories; what else is there is not ours."""
+        return [name for name in os.listdir(self._top) if _is_id(name)]
 
     def remove_others(self, listed: Collection[str], keep: Collection[int]) -> None:
         """Remove what is in `listed` unless it is the directory of an id in `keep`."""
@@ -118,6 +118,11 @@ class Directories:
                     seen.add((stat.st_dev, stat.st_ino))
             stats.clear()
         return Usage(size, len(seen))
+
+
+def _is_id(name: str) -> bool:
+    """Whether a directory of this name is ours."""
+    return name.isascii() and name.isdigit() and name[0] != "0"
 
 
 def overlay_options() -> tuple[str, ...]:

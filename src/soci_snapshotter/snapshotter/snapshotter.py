@@ -75,13 +75,17 @@ class Snapshotter:
         lazy: LazyLayers | None = None,
         options: policy.Options | None = None,
         overlay_options: Sequence[str] = (),
+        missed: str = "",
     ) -> None:
+        """`missed`: what there is beside the root that only makes sense with rows of snapshots, if anything."""
         self._lazy = lazy
         self._options = options or policy.Options()
         self._overlay_options = tuple(overlay_options)
         self._directories = Directories(root)
         self._mapped = MappedMounts(root)
-        self._store = SnapshotStore(os.path.join(root, b"metadata.sqlite"))
+        if not missed and (listed := self._directories.listed()):
+            missed = f"{len(listed)} in {os.fsdecode(root)}/snapshots"
+        self._store = SnapshotStore(os.path.join(root, b"metadata.sqlite"), missed=missed)
         self._flights: Flights[_Tried] = Flights()
         self._making_lock = threading.Lock()
         self._making: set[int] = set()

@@ -20,6 +20,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import struct
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ _DURABLE_MAGIC = b"SOCIDUR2"
 # magic, boot id as /proc prints it, number of spans, bytes of the tar as its stream ended (0: the last span is not here)
 _HEADER = struct.Struct("<8s36sIQ")
 _RECORD_LIMIT = 1 << 20  # layer.json holds two digests and a few references; 1 MiB is three orders above
+_HEX = re.compile("[0-9a-f]{64}")
 _MAX_SOURCES = 16  # references that are known to serve the layer; the newest are kept
 
 
@@ -219,11 +221,21 @@ def write_record(directory: Path, record: LayerRecord) -> None:
 def scan(root: Path) -> Iterator[Path]:
     """Every layer directory under `root`, whether its record can be read or not."""
     top = root / "layers"
-    if not top.is_dir():
-        return
-    for layer in sorted(top.iterdir()):
-        if layer.is_dir():
-            yield from sorted(entry for entry in layer.iterdir() if entry.is_dir())
+    if top.is_dir():
+        for layer in _digest_directories(top):
+            yield from _digest_directories(layer)
+
+
+def _digest_directories(above: Path) -> list[Path]:
+    """The directories in `above` that are named by a digest. Anything else is not ours, and left alone."""
+    found = []
+    with os.scandir(above) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if _HEX.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                found.append(above / entry.name)
+            else:
+                _log.warning("a file of somebody else's is left alone", extra={"path": entry.path})
+    return found
 
 
 class SpanFile:

@@ -13,7 +13,9 @@ in a database of its own that is just as durable; losing one of ours would leave
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -71,6 +73,10 @@ _ID_BLOCK = 64
 # is begun anew well before it needs more; a transaction of ours is 10 pages or less.
 _LOG_BYTES = 512 << 10
 _LOG_PAGES = 100
+_RESTORE = (
+    "restore it from a backup, or, to begin anew, remove all images of this snapshotter from containerd, and then this "
+    "daemon's whole root"
+)
 # Rows read under the lock at a time while listing.
 _PAGE = 256
 
@@ -121,28 +127,40 @@ class Removed:
 class SnapshotStore:
     """The rows, for many threads; a context manager. Raises what containerd's own store raises."""
 
-    def __init__(self, path: bytes) -> None:
+    def __init__(self, path: bytes, *, missed: str = "") -> None:
+        """Open the file, or make it. `missed`: what there is that an earlier file must have had rows for, if any.
+
+        Config, in one line, for a file that cannot be used, or that is not there and missed: its rows cannot be made
+        again, and without them all else would be swept away.
+        """
+        self._name = path.decode(errors="replace")
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        try:
-            self._open(path)
-        except BaseException:
-            self._db.close()
-            raise
+        with self._named_errors():
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                self._open(missed)
+            except BaseException:
+                self._db.close()
+                raise
         self._next_id = self._id_limit = 0
 
-    def _open(self, path: bytes) -> None:
-        self._db.execute("PRAGMA journal_mode = WAL")
+    def _open(self, missed: str) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL").fetchall()
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0 and missed:
+            raise Config(f"{self._name} is missing or empty, but there is {missed}: {_RESTORE}")
+        damage = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise Config(f"{self._name} is damaged ({damage.splitlines()[-1]}): {_RESTORE}")
         if version == 0:
             self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
         elif version == 1:
             self._db.executescript(f"BEGIN IMMEDIATE; {_FROM_1} COMMIT;")
         elif version != _VERSION:
             raise Config(
-                f"{path.decode(errors='replace')} has format {version}, this program knows {_VERSION}: "
+                f"{self._name} has format {version}, this program knows {_VERSION}: "
                 "use the version that wrote it, or another root"
             )
         try:
@@ -163,8 +181,28 @@ class SnapshotStore:
             self._db.close()
 
     @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.IntegrityError:
+            raise  # a row's, not the file's
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name) from None
+            raise Config(
+                f"{self._name}: {error}; check that the disk is well and may be written to"
+            ) from None
+        except sqlite3.DatabaseError as error:
+            raise Config(f"{self._name} is damaged ({error}): {_RESTORE}") from None
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._named_errors():
+            yield self._db
+
+    @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._lock, self._named_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -176,25 +214,25 @@ class SnapshotStore:
 
     def reserve(self) -> int:
         """A new id, never given before, not even to a snapshot that was removed."""
-        with self._lock:
+        with self._reading() as db:
             if self._next_id == self._id_limit:
                 query = "UPDATE counter SET next = next + ? RETURNING next"
                 # fetchall: the statement commits when it has been read to its end
-                [(self._id_limit,)] = self._db.execute(query, (_ID_BLOCK,)).fetchall()
+                [(self._id_limit,)] = db.execute(query, (_ID_BLOCK,)).fetchall()
                 self._next_id = self._id_limit - _ID_BLOCK
             self._next_id += 1
             return self._next_id - 1
 
     def get(self, key: str) -> Snapshot:
         """The row of `key`, or NotFound."""
-        with self._lock:
-            return _get(self._db, key)
+        with self._reading() as db:
+            return _get(db, key)
 
     def find_target(self, parent: str, target: str) -> Snapshot | None:
         """The first committed row with label snapshot.ref == `target` on the parent with the key `parent`."""
         query = _SELECT + "WHERE s.ref = ? AND ifnull(p.key, '') = ? AND s.kind = ? ORDER BY s.id LIMIT 1"
-        with self._lock:
-            row = self._db.execute(query, (target, parent, Kind.COMMITTED)).fetchone()
+        with self._reading() as db:
+            row = db.execute(query, (target, parent, Kind.COMMITTED)).fetchone()
         return _snapshot(row) if row else None
 
     def chain(self, key: str) -> tuple[Snapshot | None, tuple[Link, ...]]:
@@ -211,9 +249,9 @@ class SnapshotStore:
             SELECT s.id, s.parent, s.mount, s.condemned, depth + 1
             FROM chain JOIN snapshots s ON s.id = chain.parent)
         SELECT id, mount, condemned FROM chain ORDER BY depth"""
-        with self._lock:
-            top = _parent(self._db, key)
-            links = tuple(Link(*row) for row in self._db.execute(query, (key,)))
+        with self._reading() as db:
+            top = _parent(db, key)
+            links = tuple(Link(*row) for row in db.execute(query, (key,)))
         return top, links
 
     def create(
@@ -237,9 +275,9 @@ class SnapshotStore:
 
     def give(self, snapshot_id: int, paths: Sequence[bytes]) -> bool:
         """Note lowerdirs handed to a snapshot; True when one of them was not noted before."""
-        with self._lock:
+        with self._reading() as db:
             query = "SELECT path FROM given WHERE snapshot = ?"
-            known = {row[0] for row in self._db.execute(query, (snapshot_id,))}
+            known = {row[0] for row in db.execute(query, (snapshot_id,))}
         if known.issuperset(paths):
             return False
         with self._transaction() as db:
@@ -250,8 +288,8 @@ class SnapshotStore:
 
     def handed_out(self) -> frozenset[bytes]:
         """Every lazy lowerdir that some active or view snapshot was given."""
-        with self._lock:
-            return frozenset(row[0] for row in self._db.execute("SELECT DISTINCT path FROM given"))
+        with self._reading() as db:
+            return frozenset(row[0] for row in db.execute("SELECT DISTINCT path FROM given"))
 
     def commit(
         self, key: str, name: str, labels: Mapping[str, str], usage: Usage, parent: str = ""
@@ -336,8 +374,8 @@ class SnapshotStore:
         query = f"{_SELECT} WHERE s.id > ? {condition} ORDER BY s.id LIMIT {_PAGE}"
         last = -1
         while True:
-            with self._lock:
-                rows = self._db.execute(query, (last, *values)).fetchall()
+            with self._reading() as db:
+                rows = db.execute(query, (last, *values)).fetchall()
             for row in rows:
                 yield _snapshot(row)
             if len(rows) < _PAGE:
@@ -346,16 +384,16 @@ class SnapshotStore:
 
     def ids(self) -> frozenset[int]:
         """The ids of all rows."""
-        with self._lock:
-            return frozenset(row[0] for row in self._db.execute("SELECT id FROM snapshots"))
+        with self._reading() as db:
+            return frozenset(row[0] for row in db.execute("SELECT id FROM snapshots"))
 
     def on_mounts(self, mount_ids: Sequence[int]) -> list[tuple[Snapshot, Snapshot | None]]:
         """The lazy rows with one of these mounts, condemned ones left out, each with its parent."""
         marks = ",".join("?" * len(mount_ids))
         query = f"{_SELECT} WHERE s.mount IN ({marks}) AND s.condemned IS NULL"
-        with self._lock:
-            rows = [_snapshot(row) for row in self._db.execute(query, tuple(mount_ids))]
-            return [(row, _get(self._db, row.parent) if row.parent else None) for row in rows]
+        with self._reading() as db:
+            rows = [_snapshot(row) for row in db.execute(query, tuple(mount_ids))]
+            return [(row, _get(db, row.parent) if row.parent else None) for row in rows]
 
     def condemn(self, reasons: Mapping[int, str]) -> None:
         """Mark lazy rows (id -> why) as not to be used: their label snapshot.ref goes, so that nobody finds them."""
@@ -371,8 +409,8 @@ class SnapshotStore:
 
     def lazy_rows(self) -> list[tuple[int, str]]:
         """(mount id, layer key) of every lazy row; a mount that two rows share is there twice."""
-        with self._lock:
-            return self._db.execute("SELECT mount, layer FROM snapshots WHERE mount IS NOT NULL").fetchall()
+        with self._reading() as db:
+            return db.execute("SELECT mount, layer FROM snapshots WHERE mount IS NOT NULL").fetchall()
 
 
 def _get(db: sqlite3.Connection, key: str) -> Snapshot:
