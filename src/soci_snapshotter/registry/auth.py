@@ -1,123 +1,140 @@
-"""Authorization for registries: HTTP Basic and the token challenge of the distribution spec (Bearer).
+"""Authorization for registries: HTTP Basic, and the token challenge of the distribution spec (Bearer).
 
-Where credentials may go:
+A registry is first asked without credentials; its 401 says how it wants to be asked (registry.tokens says where
+credentials may go). What it granted is kept per (host, repository, actions) until it expires, shared by everybody who
+holds this object, and a token is renewed before it expires. One thread asks for a grant while the others that need
+the same one wait for its answer.
 
-- Basic: to the registry that asked, and nowhere else.
-- Bearer: to the realm that the registry's challenge names, if that is the registry's own host; or, on another host
-  (Docker Hub's tokens come from auth.docker.io), if both the registry and the realm are https, so that the
-  challenge is the registry's word and the answer is read by nobody else; or if both are on loopback.
-- A realm on plain http elsewhere gets nothing, not even an anonymous request. Challenges of redirect targets are
-  not answered at all (the callers see to that).
-
-A user name that is empty stands for an identity token (Docker's word; OAuth 2 calls it a refresh token): it is sent
-by POST to a realm that may know credentials, and never as Basic.
-
-Tokens are kept per (host, repository, actions) until they expire and shared by everybody who holds this object.
-One thread asks for a token while the others that need the same one wait for its answer.
+A 401 or 403 for a grant means that it has expired or was revoked (403 is ECR's way): the sources of credentials are
+asked again, and a login that was rejected is not used again for a while. So whichever source has a newer one gives it.
 """
 
 from __future__ import annotations
 
-import base64
-import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
-from urllib.parse import urlencode, urlsplit
-
-from msgspec import Struct
 
 from soci_snapshotter.errors import Integrity, Remote, SociError
-from soci_snapshotter.formats import jsonfmt
+from soci_snapshotter.formats.dockerconfig import Login
 from soci_snapshotter.formats.hosts import Endpoint
-from soci_snapshotter.formats.httpfields import Challenge, parse_challenges
+from soci_snapshotter.formats.httpfields import parse_challenges
+from soci_snapshotter.registry import tokens
 from soci_snapshotter.registry.credentials import CredentialProvider
-from soci_snapshotter.registry.failures import Subject, Transient
-from soci_snapshotter.registry.urls import is_loopback, split
+from soci_snapshotter.registry.failures import Refused, Subject, Transient
+from soci_snapshotter.registry.keychains import keychain
+from soci_snapshotter.registry.tokens import TOKEN_ANSWER_LIMIT, Asked, Scope, TokenFetcher, TokenRequest
 
-# Real tokens are 1 to 8 KiB; a request's header lines must stay below the 64 KiB at which servers give up.
-TOKEN_ANSWER_LIMIT = 128 << 10
-_TOKEN_LIMIT = 48 << 10
-_TOKEN = re.compile(r"[\x21-\x7e]+", re.ASCII)
-# distribution-spec: a token without expires_in lives 60 s, and none lives shorter. Renewed early, for the way
-# it has to travel.
-_DEFAULT_LIFE = 60.0
+__all__ = ["MAX_ANSWERS", "TOKEN_ANSWER_LIMIT", "Authenticator", "Scope", "TokenFetcher", "TokenRequest"]
+
+# Refusals of one request that are answered: two tokens by a login of each of the three sources.
+MAX_ANSWERS = 6
+# Logins tried for one grant: a cluster may hold many secrets for one registry, most of them of no use.
+_MOST_LOGINS = 8
+# A token is renewed when this part of its life, or this many seconds, are left, whichever is less: for the way it has
+# to travel, and so that who waits for a span does not wait for a token too.
+_RENEW_PART = 0.2
+_RENEW_SECONDS = 30.0
 _LEEWAY = 5.0
+# A renewal ahead of time that failed is tried again after this.
+_RENEW_AGAIN = 10.0
+# One token may have been revoked; when two by the same login are rejected within this, the login is not good enough.
+_TWICE = 10.0
+# How long a rejected login is not tried again; the same one may be good again when an account was mended.
+_REFUSED_FOR = 30.0
 # A waiter's bound on another thread's token request, above that request's own timeouts.
 _WAIT = 60.0
-
-# What the OAuth 2 flavour of token services wants to know of the asker (distribution, "Docker Registry v2
-# authentication using OAuth2"): any name will do.
-_CLIENT = "soci-snapshotter"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
-    """GET `url` with the Authorization header `basic`, or POST it `form`; reached as `endpoint` is."""
-
-    url: str
-    subject: Subject
-    basic: str | None = field(default=None, repr=False)
-    form: bytes | None = field(default=None, repr=False)
-    endpoint: Endpoint | None = None
-
-
-# Returns the body, at most TOKEN_ANSWER_LIMIT bytes.
-TokenFetcher: TypeAlias = Callable[[TokenRequest], bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What a grant is for. `actions` is `pull` or `pull,push`."""
-
-    host: str
-    repository: str
-    actions: str
-
-    def __str__(self) -> str:
-        return f"repository:{self.repository}:{self.actions}"
+# Beyond this many scopes those without a living grant are forgotten.
+_KEPT = 1024
+# By which a token service says that it does not believe a login; 400 is OAuth 2's for a refresh token (RFC 6749, 5.2).
+_NOT_BELIEVED = frozenset({400, 401, 403})
 
 
 @dataclass(frozen=True, slots=True)
 class _Grant:
+    """Times are time.monotonic()."""
+
     header: str = field(repr=False)
-    expires: float  # time.monotonic()
+    renew: float
+    expires: float
+    login: Login | None
+    wanted: str
+    """The scope that the registry asked for: a login may be good for one, and not for another."""
 
 
-class _Token(Struct, frozen=True):
-    token: str = ""
-    access_token: str = ""
-    expires_in: float = _DEFAULT_LIFE
+# A login, None for anonymous, and the scope that was asked for.
+_Use: TypeAlias = tuple[Login | None, str]
+
+
+@dataclass(slots=True)
+class _State:
+    """What is known of one scope."""
+
+    asked: Asked | None = None
+    grant: _Grant | None = None
+    rejected: tuple[_Use, float] | None = None  # whose grant the registry rejected last, and when
+    refused: dict[_Use, float] = field(default_factory=dict)  # until when
+
+    def refuses(self, use: _Use, now: float) -> bool:
+        return self.refused.get(use, 0.0) > now
+
+    def refuse(self, use: _Use, now: float) -> None:
+        for old in [each for each, until in self.refused.items() if until <= now]:
+            del self.refused[old]
+        self.refused[use] = now + _REFUSED_FOR
 
 
 class Authenticator:
     """Grants by scope. Thread safe; does no I/O under its lock."""
 
     def __init__(self, credentials: CredentialProvider | None, fetch: TokenFetcher) -> None:
-        self._credentials = credentials
+        """`credentials` may be a keychains.Keychain, or any credentials.Source."""
+        self._keychain = keychain(credentials)
         self._fetch = fetch
         self._lock = threading.Lock()
-        self._grants: dict[Scope, _Grant] = {}
-        self._asking: dict[Scope, Future[str]] = {}
+        self._scopes: dict[Scope, _State] = {}
+        self._hosts: dict[str, Asked] = {}  # how a host wants to be asked, if that is shared
+        self._asking: dict[Scope, Future[str | None]] = {}
 
     def header(self, scope: Scope) -> str | None:
-        """The Authorization header to send at first: one that the registry granted and that has not expired."""
+        """The Authorization header to send at first: what the registry granted, renewed when that is due.
+
+        Raises Remote or Transient when a grant has expired and no new one is to be had.
+        """
+        now = time.monotonic()
         with self._lock:
-            grant = self._grants.get(scope)
-            if grant is not None and grant.expires <= time.monotonic():
-                del self._grants[scope]
-                grant = None
-        return None if grant is None else grant.header
+            state = self._scopes.get(scope)
+            grant = state.grant if state is not None else None
+            asked = (state.asked if state is not None else None) or self._hosts.get(scope.host)
+            if asked is None or not scope.repository:
+                return None
+            alive = grant is not None and now < grant.expires
+            if grant is not None and alive and (now < grant.renew or scope in self._asking):
+                return grant.header
+        if grant is None or not alive:
+            return self._obtain(scope, asked, _subject(scope), fresh=False)
+        try:
+            return self._obtain(scope, asked, _subject(scope), fresh=False) or grant.header
+        except (SociError, Transient):
+            self._put_off(scope, grant)
+            return grant.header
 
     def forget(self, scope: Scope, rejected: str) -> None:
-        """Drop the grant with this header, if it is still the current one."""
+        """Drop the grant with this header, if it is still the current one, and remember whose it was."""
+        now = time.monotonic()
         with self._lock:
-            grant = self._grants.get(scope)
-            if grant is not None and grant.header == rejected:
-                del self._grants[scope]
+            state = self._scopes.get(scope)
+            if state is None or state.grant is None or state.grant.header != rejected:
+                return
+            grant, state.grant = state.grant, None
+            login, use = grant.login, (grant.login, grant.wanted)
+            itself = not rejected.startswith("Bearer ") or (login is not None and login.registry_token)
+            before, state.rejected = state.rejected, (use, now)
+            if itself or (before is not None and before[0] == use and now - before[1] < _TWICE):
+                state.refuse(use, now)
 
     def answer(
         self,
@@ -127,46 +144,54 @@ class Authenticator:
         rejected: str | None,
         endpoint: Endpoint | None = None,
     ) -> str | None:
-        """The header that answers a 401 of `url` with this WWW-Authenticate field; None when there is none.
+        """The header that answers a 401 or 403 of `url` with this WWW-Authenticate field; None when there is none.
 
-        `rejected` is the header that the 401 rejected; `endpoint` the one whose TLS settings the token service
-        shares. Raises Remote, or Transient, when no token is to be had.
+        `rejected` is the header that was refused; `endpoint` the one whose TLS settings the token service shares.
+        A 403 without a challenge is answered as the last one was. Raises Remote, or Transient, when no token is to be
+        had, and Config when a source of credentials that is needed cannot be asked.
         """
         if not scope.repository:
             return None  # another host than the registry's, an upload sent elsewhere: it gets no credentials
         if rejected is not None:
             self.forget(scope, rejected)
-        if (renewed := self.header(scope)) is not None:
-            return renewed  # another thread was faster
-        subject = Subject(scope.host, scope.repository, "authorization")
-        try:
-            challenges = {each.scheme: each for each in reversed(parse_challenges(field_value))}
-        except Integrity as error:
-            raise Remote(f"{subject}: {error}; check the registry or the proxy before it") from None
-        if "bearer" in challenges:
-            return self._token(scope, url, challenges["bearer"], subject, endpoint)
-        if "basic" in challenges:
-            return self._basic(scope, rejected)
-        return None
-
-    def _basic(self, scope: Scope, rejected: str | None) -> str | None:
-        header = self._basic_header(scope.host)
-        if header is None or header == rejected:
-            return None
+        subject = _subject(scope)
+        asked = _asked(url, field_value, endpoint, subject)
         with self._lock:
-            self._grants[scope] = _Grant(header, float("inf"))
-        return header
+            state = self._state(scope)
+            if asked is None and not field_value:
+                asked = state.asked
+            grant = state.grant
+            if asked is None:
+                return None
+            state.asked = asked
+            if self._keychain.shared:
+                self._hosts[scope.host] = replace(asked, scope="")
+        if grant is not None:
+            return grant.header  # another thread was faster
+        return self._obtain(scope, asked, subject, fresh=rejected is not None)
 
-    def _basic_header(self, host: str) -> str | None:
-        pair = self._credentials(host) if self._credentials else None
-        if pair is None or not pair[0]:
-            return None
-        return "Basic " + base64.b64encode(f"{pair[0]}:{pair[1]}".encode()).decode()
+    def _state(self, scope: Scope) -> _State:
+        """Under the lock."""
+        if scope not in self._scopes and len(self._scopes) >= _KEPT:
+            now = time.monotonic()
+            self._scopes = {
+                each: state
+                for each, state in self._scopes.items()
+                if state.grant is not None and now < state.grant.expires
+            }
+            self._hosts.clear()
+        return self._scopes.setdefault(scope, _State())
 
-    def _token(
-        self, scope: Scope, url: str, challenge: Challenge, subject: Subject, endpoint: Endpoint | None
-    ) -> str:
-        mine: Future[str] = Future()
+    def _put_off(self, scope: Scope, grant: _Grant) -> None:
+        later = replace(grant, renew=time.monotonic() + _RENEW_AGAIN)
+        with self._lock:
+            state = self._scopes.get(scope)
+            if state is not None and state.grant is grant:
+                state.grant = later
+
+    def _obtain(self, scope: Scope, asked: Asked, subject: Subject, *, fresh: bool) -> str | None:
+        """A new grant's header, by this thread or by the one that is at it; None when nothing is left to try."""
+        mine: Future[str | None] = Future()
         with self._lock:
             others = self._asking.setdefault(scope, mine)
         if others is not mine:
@@ -175,9 +200,12 @@ class Authenticator:
             except TimeoutError:
                 raise Remote(f"{subject}: no token within {_WAIT:.0f} s; check the token service") from None
         try:
-            header, life = self._request_token(scope, url, challenge, subject, endpoint)
-            with self._lock:
-                self._grants[scope] = _Grant(header, time.monotonic() + life)
+            grant = self._grant(scope, asked, subject, fresh=fresh)
+            if grant is not None:
+                with self._lock:
+                    state = self._state(scope)
+                    state.asked, state.grant = asked, grant
+            header = None if grant is None else grant.header
             mine.set_result(header)
             return header
         except BaseException as error:
@@ -187,64 +215,90 @@ class Authenticator:
             with self._lock:
                 del self._asking[scope]
 
-    def _request_token(
-        self, scope: Scope, url: str, challenge: Challenge, subject: Subject, endpoint: Endpoint | None
-    ) -> tuple[str, float]:
-        realm = challenge.params.get("realm", "")
-        known = _may_know_credentials(url, realm, subject)
-        service = urlsplit(realm).netloc
-        wanted = {
-            "service": challenge.params.get("service", ""),
-            "scope": _asked(challenge.params.get("scope", ""), scope),
-        }
-        asked = Subject(service, scope.repository, "token")
-        pair = self._credentials(scope.host) if known and self._credentials else None
-        if pair is not None and not pair[0]:
-            form = {**wanted, "grant_type": "refresh_token", "client_id": _CLIENT, "refresh_token": pair[1]}
-            request = TokenRequest(realm, asked, form=urlencode(form).encode(), endpoint=endpoint)
+    def _grant(self, scope: Scope, asked: Asked, subject: Subject, *, fresh: bool) -> _Grant | None:
+        known = not asked.realm or tokens.may_know_credentials(asked.url, asked.realm, subject)
+        refusal: Refused | None = None
+        problem: SociError | None = None
+        tried = False
+        if known:
+            try:
+                for login in self._logins(scope, fresh=fresh):
+                    tried = True
+                    if self._refuses(scope, (login, asked.scope)):
+                        continue
+                    try:
+                        grant = self._by(scope, asked, login, subject)
+                    except Refused as error:
+                        if error.status not in _NOT_BELIEVED:
+                            raise
+                        refusal = error
+                        self._refuse(scope, (login, asked.scope))
+                        continue
+                    if grant is not None:
+                        return grant
+            except SociError as error:
+                if tried:
+                    raise
+                problem = error  # the sources' own; perhaps it can be had without a login
+        if refusal is not None:
+            raise refusal
+        if asked.realm and not tried and not self._refuses(scope, (None, asked.scope)):
+            return self._by(scope, asked, None, subject)
+        if problem is not None:
+            raise problem
+        return None
+
+    def _logins(self, scope: Scope, *, fresh: bool) -> Iterator[Login]:
+        for number, login in enumerate(self._keychain.logins(scope.host, scope.repository, fresh=fresh)):
+            if number == _MOST_LOGINS:
+                return
+            yield login
+
+    def _by(self, scope: Scope, asked: Asked, login: Login | None, subject: Subject) -> _Grant | None:
+        """A grant by this login; None when it is of no use for how the registry asks."""
+        now, most = time.monotonic(), self._keychain.life
+        if login is not None and login.registry_token:
+            header, life = tokens.bearer(login.secret), most
+        elif asked.realm:
+            header, life = tokens.fetch(self._fetch, scope, asked, login, subject)
+            now = time.monotonic()
+            life = min(life - _LEEWAY, most)
+            renew = now + life - min(life * _RENEW_PART, _RENEW_SECONDS)
+            return _Grant(header, renew, now + life, login, asked.scope)
+        elif login is not None and login.user:
+            header, life = tokens.basic(login), most
         else:
-            # By GET each scope is a parameter of its own, by POST they are one, separated by spaces.
-            query = urlencode(
-                [("service", wanted["service"])] * bool(wanted["service"])
-                + [("scope", each) for each in wanted["scope"].split()]
-            )
-            address = realm + ("&" if urlsplit(realm).query else "?") + query
-            basic = self._basic_header(scope.host) if known else None
-            request = TokenRequest(address, asked, basic=basic, endpoint=endpoint)
-        body = self._fetch(request)
-        try:
-            answer = jsonfmt.decode(body, _Token, "token", TOKEN_ANSWER_LIMIT)
-        except Integrity:
-            # The decoder's own text may quote the answer, and that is a secret.
-            raise Remote(f"{subject}: {service} sent no token; check the token service") from None
-        token = answer.token or answer.access_token
-        if len(token) > _TOKEN_LIMIT or not _TOKEN.fullmatch(token):
-            raise Remote(f"{subject}: {service} sent an unusable token; check the token service")
-        return "Bearer " + token, max(answer.expires_in, _DEFAULT_LIFE) - _LEEWAY
+            return None  # an identity token is for token services
+        return None if header is None else _Grant(header, now + life, now + life, login, asked.scope)
+
+    def _refuses(self, scope: Scope, use: _Use) -> bool:
+        with self._lock:
+            state = self._scopes.get(scope)
+            return state is not None and state.refuses(use, time.monotonic())
+
+    def _refuse(self, scope: Scope, use: _Use) -> None:
+        with self._lock:
+            self._state(scope).refuse(use, time.monotonic())
 
 
-def _asked(challenged: str, scope: Scope) -> str:
-    """The scope to ask for: the challenge's, but with the actions that the next requests will need anyway."""
-    if not challenged or challenged == str(replace(scope, actions="pull")):
-        return str(scope)
-    return challenged
+def _subject(scope: Scope) -> Subject:
+    return Subject(scope.host, scope.repository, "authorization")
 
 
-def _may_know_credentials(url: str, realm: str, subject: Subject) -> bool:
-    """The rules at the top of this file. Remote when not even an anonymous request may be made."""
+def _asked(url: str, field_value: str, endpoint: Endpoint | None, subject: Subject) -> Asked | None:
+    """What a WWW-Authenticate field asks for; None when it is nothing that is known."""
     try:
-        registry, _ = split(url)
-        target, _ = split(realm)
-    except ValueError:
-        raise Remote(f"{subject}: the challenge names no usable realm; check the registry") from None
-    both_loopback = is_loopback(urlsplit(url).netloc) and is_loopback(urlsplit(realm).netloc)
-    if (registry.host, registry.scheme) == (target.host, target.scheme) or both_loopback:
-        return True
-    if target.scheme != "https":
-        raise Remote(
-            f"{subject}: the token realm at {target.host} is not https; check the registry's settings"
-        )
-    return registry.scheme == "https"
+        challenges = {each.scheme: each for each in reversed(parse_challenges(field_value))}
+    except Integrity as error:
+        raise Remote(f"{subject}: {error}; check the registry or the proxy before it") from None
+    if "bearer" in challenges:
+        given = challenges["bearer"].params
+        realm = given.get("realm", "")
+        tokens.may_know_credentials(
+            url, realm, subject
+        )  # an empty or odd realm is told before anything is asked
+        return Asked(url, realm, given.get("service", ""), given.get("scope", ""), endpoint)
+    return Asked(url, endpoint=endpoint) if "basic" in challenges else None
 
 
 def _shareable(error: BaseException, subject: Subject) -> BaseException:

@@ -1,99 +1,85 @@
-"""Credentials for registries from Docker's config.json (`auths` only), re-read when the file changes."""
+"""Where logins come from, and Docker's config.json as one source of them, re-read when the file changes."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
-from msgspec import Struct, field
-
-from soci_snapshotter.errors import Config, Integrity
-from soci_snapshotter.formats import jsonfmt
-from soci_snapshotter.formats.reference import DEFAULT_HOST
+from soci_snapshotter.errors import Config
+from soci_snapshotter.formats import dockerconfig
+from soci_snapshotter.formats.dockerconfig import DockerFile, Login
+from soci_snapshotter.registry.credhelpers import Helpers
 
 # Asked with the registry's `host[:port]`: user name and password, or "" and an identity token; None means anonymous.
 CredentialProvider: TypeAlias = Callable[[str], tuple[str, str] | None]
 
-# A config.json lists hosts and small settings; anything beyond 1 MiB is not one.
-_FILE_LIMIT = 1 << 20
-# docker login writes Docker Hub's entry under the first name; the registry is asked under the last.
-_HUB_KEYS = ("index.docker.io", "docker.io", DEFAULT_HOST)
 
+class Source(Protocol):
+    """Something that knows logins."""
 
-class _Entry(Struct, frozen=True):
-    auth: str = ""
-    username: str = ""
-    password: str = ""
-    identity_token: str = field(name="identitytoken", default="")
+    def logins(self, host: str, repository: str, *, fresh: bool = False) -> Iterator[Login]:
+        """Logins for a repository of the registry `host[:port]`, and for no other host, the best first.
 
-
-class _File(Struct, frozen=True):
-    auths: dict[str, _Entry] = {}
+        `fresh`: what was given before was rejected, so nothing remembered will do. Raises Config, one line, when
+        the source cannot be asked.
+        """
 
 
 class DockerConfig:
-    """The `auths` of a Docker config.json; call it with a host. A missing file means anonymous everywhere.
+    """A Docker config.json: `auths`, and with `helpers` also `credHelpers` and `credsStore`.
 
-    Raises Config, naming the file, when it cannot be read or understood.
+    A missing file knows no logins. Thread safe.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, helpers: Helpers | None = None) -> None:
         self._path = path
+        self._helpers = helpers
         self._lock = threading.Lock()
         self._stamp: tuple[int, int, int] | None = None
-        self._auths: dict[str, _Entry] = {}
+        self._file: DockerFile | None = None
 
     def __call__(self, host: str) -> tuple[str, str] | None:
-        """User name and password, or "" and an identity token, for `host[:port]`; None when the file has none."""
-        auths = self._load()
-        for key in _HUB_KEYS if host in _HUB_KEYS else (host,):
-            if key in auths:
-                return self._decode(key, auths[key])
+        """The first login for `host[:port]` that is a pair; so it is a CredentialProvider too."""
+        for login in self.logins(host, ""):
+            if not login.registry_token:
+                return login.user, login.secret
         return None
 
-    def _load(self) -> dict[str, _Entry]:
+    def logins(self, host: str, repository: str, *, fresh: bool = False) -> Iterator[Login]:
+        """The helper's answer, then what `auths` has. A helper that fails is named only if nothing else is there."""
+        file = self._load()
+        if file is None:
+            return
+        failed = None
+        name = file.helper(host)
+        if name and self._helpers is not None:
+            try:
+                login = self._helpers.login(name, host, fresh=fresh)
+            except Config as error:
+                failed, login = error, None
+            if login is not None:
+                yield login
+        yield from file.logins(host, repository)
+        if failed is not None:
+            raise failed
+
+    def _load(self) -> DockerFile | None:
         try:
             status = os.stat(self._path)
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             with self._lock:
                 if stamp == self._stamp:
-                    return self._auths
+                    return self._file
             with self._path.open("rb") as file:
-                data = file.read(_FILE_LIMIT + 1)
-        except FileNotFoundError:
-            return {}
+                data = file.read(dockerconfig.FILE_LIMIT + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except OSError as error:
             raise Config(f"{self._path}: {error.strerror}; check the file's permissions") from None
-        try:
-            decoded = jsonfmt.decode(data, _File, str(self._path), _FILE_LIMIT)
-        except Integrity as error:
-            raise Config(f"{error}; correct the file or log in again") from None
-        auths = {_host(key): entry for key, entry in decoded.auths.items()}
+        parsed = dockerconfig.parse(data, str(self._path))
         with self._lock:
-            self._stamp, self._auths = stamp, auths
-        return auths
-
-    def _decode(self, key: str, entry: _Entry) -> tuple[str, str] | None:
-        if entry.identity_token:
-            return "", entry.identity_token
-        if entry.username:
-            return entry.username, entry.password
-        if not entry.auth:
-            return None  # a credential helper has it
-        try:
-            user, colon, password = base64.b64decode(entry.auth, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
-            colon = ""
-        if not colon:
-            raise Config(f"{self._path}: auths[{key!r}].auth is not base64 of user:password; log in again")
-        return user, password.rstrip("\0")  # Docker pads with NULs
-
-
-def _host(key: str) -> str:
-    """`https://index.docker.io/v1/` and `index.docker.io` name the same host."""
-    return key.partition("://")[2].partition("/")[0] if "://" in key else key.partition("/")[0]
+            self._stamp, self._file = stamp, parsed
+        return parsed

@@ -37,8 +37,16 @@ class Transient(Exception):
         """Seconds the server asked to wait, None when it did not."""
 
 
-def refused(subject: Subject, status: int, body: bytes = b"") -> SociError:
-    """The error for an answer with this status; NotFound for 404, Remote otherwise."""
+class Refused(Remote):
+    """The registry answered, with `status`, an HTTP status that is no success and not 404."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)  # the only argument: it is pickled on its way from a worker
+        self.status = status
+
+
+def refused(subject: Subject, status: int, body: bytes = b"") -> NotFound | Refused:
+    """The error for an answer with this status; NotFound for 404, Refused otherwise."""
     code = _CODE.search(body)
     said = f"HTTP {status} {_phrase(status)}" + (f" ({code[1].decode()})" if code else "")
     if status == 404:
@@ -51,7 +59,7 @@ def refused(subject: Subject, status: int, body: bytes = b"") -> SociError:
         416: "the blob is shorter than its descriptor says; check the registry's storage",
         429: "too many requests; log in for a higher limit, or wait",
     }.get(status, "the registry is failing; check its state" if status >= 500 else "check the registry")
-    return Remote(f"{subject}: {said}; {check}")
+    return Refused(f"{subject}: {said}; {check}", status)
 
 
 def unreachable(subject: Subject, error: BaseException) -> Remote:

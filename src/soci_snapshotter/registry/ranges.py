@@ -23,7 +23,7 @@ from soci_snapshotter.formats.httpfields import Range, parse_content_range, pars
 from soci_snapshotter.policy.counters import LayerCounters
 from soci_snapshotter.policy.retry import is_transient
 from soci_snapshotter.registry import failures, urls
-from soci_snapshotter.registry.auth import Scope
+from soci_snapshotter.registry.auth import MAX_ANSWERS, Scope
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.pool import ConnectionPool
@@ -186,10 +186,10 @@ class BlobReader:
     def _ask(self, wanted: Range, deadline: float) -> _Exchange:
         """The head of a 200 or 206 for this range, after authorization and redirects."""
         authorization = self._auth.header(self._scope)
-        renewed = False
+        answers = 0
         url = self._target or self._home
         at_home = url == self._home
-        for _ in range(urls.MAX_REDIRECTS + 3):  # an expired target and one renewal beside the hops
+        for _ in range(urls.MAX_REDIRECTS + 2 + MAX_ANSWERS):  # an expired target and renewals beside the hops
             exchange = self._timed_send(url, wanted, authorization if at_home else None, deadline)
             status = exchange.response.status
             if status in (200, 206):
@@ -206,9 +206,11 @@ class BlobReader:
             elif url == self._target and status in _EXPIRED:
                 self._forget(url)
                 url, at_home = self._home, True
-            elif at_home and not renewed and (status == 401 or (status == 403 and authorization)):
-                renewed = True
-                authorization = self._renew(status, challenge, authorization, body)
+            elif at_home and answers < MAX_ANSWERS and (status == 401 or (status == 403 and authorization)):
+                answers += 1
+                authorization = self._auth.answer(self._scope, self._home, challenge, authorization)
+                if authorization is None:
+                    raise failures.refused(self._subject, status, body)
             elif is_transient(status):
                 self._forget(url)
                 error = failures.refused(self._subject, status, body)
@@ -216,15 +218,6 @@ class BlobReader:
             else:
                 raise failures.refused(self._subject, status, body)
         raise Remote(f"{self._subject}: more than {urls.MAX_REDIRECTS} redirects; check the registry")
-
-    def _renew(self, status: int, challenge: str, rejected: str | None, body: bytes) -> str | None:
-        if status == 403 and rejected is not None:  # ECR's way to say that a token has expired
-            self._auth.forget(self._scope, rejected)
-            return None
-        answer = self._auth.answer(self._scope, self._home, challenge, rejected)
-        if answer is None:
-            raise failures.refused(self._subject, status, body)
-        return answer
 
     def _timed_send(self, url: str, wanted: Range, authorization: str | None, deadline: float) -> _Exchange:
         """_send, and how long it took until the head of the answer was here, or no answer was to be had."""

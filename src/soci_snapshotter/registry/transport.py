@@ -24,7 +24,13 @@ from soci_snapshotter.formats.hosts import Endpoint, Tls
 from soci_snapshotter.formats.httpfields import parse_retry_after
 from soci_snapshotter.policy.retry import Retry, is_transient
 from soci_snapshotter.registry import failures, urls
-from soci_snapshotter.registry.auth import TOKEN_ANSWER_LIMIT, Authenticator, Scope, TokenRequest
+from soci_snapshotter.registry.auth import (
+    MAX_ANSWERS,
+    TOKEN_ANSWER_LIMIT,
+    Authenticator,
+    Scope,
+    TokenRequest,
+)
 from soci_snapshotter.registry.credentials import CredentialProvider
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.options import Options
@@ -144,7 +150,7 @@ class Session:
     def _exchange(self, call: Call) -> Response:
         """One try: the head of an answer with an expected status. Raises Transient, Remote or NotFound."""
         authorization = self.authenticator.header(call.scope)
-        renewed = False
+        answers = 0
         while True:
             response, at_home = self._follow(call, authorization)
             if response.status in call.expected:
@@ -152,18 +158,14 @@ class Session:
             body = discard(response)
             status = response.status
             # ECR says 403, not 401, when a token has expired.
-            if at_home and not renewed and (status == 401 or (status == 403 and authorization is not None)):
-                renewed = True
-                if status == 401:
-                    field = response.headers.get("WWW-Authenticate", "")
-                    authorization = self.authenticator.answer(
-                        call.scope, call.url, field, authorization, call.endpoint
-                    )
-                    if authorization is not None:
-                        continue
-                elif authorization is not None:
-                    self.authenticator.forget(call.scope, authorization)
-                    authorization = None
+            refused = status == 401 or (status == 403 and authorization is not None)
+            if at_home and refused and answers < MAX_ANSWERS:
+                answers += 1
+                field = response.headers.get("WWW-Authenticate", "")
+                authorization = self.authenticator.answer(
+                    call.scope, call.url, field, authorization, call.endpoint
+                )
+                if authorization is not None:
                     continue
             error = failures.refused(call.subject, status, body)
             if is_transient(status):
