@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,14 @@ class Asked:
     headers: dict[str, str]
     number: int
     """How many requests for the same path came before."""
+    body: bytes = b""
 
 
 Answer = Callable[[Asked], bytes | None]
 """Raw bytes to send before the connection closes; None: say nothing until the client gives up."""
+
+Cut = Callable[[Asked], int | None]
+"""Of a request whose body is still to come: break the connection after so many bytes of it; None: read all of it."""
 
 
 @dataclass
@@ -40,8 +44,8 @@ def reply(status: str, body: bytes = b"", **headers: str) -> bytes:
 
 
 @contextmanager
-def bad_server(answer: Answer) -> Iterator[BadServer]:
-    """Serve on loopback until the block is left."""
+def bad_server(answer: Answer, cut: Cut = lambda _: None) -> Iterator[BadServer]:
+    """Serve on loopback until the block is left. What came of a body that was `cut` is answered, unheard."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = BadServer(f"127.0.0.1:{listener.getsockname()[1]}")
         ending = threading.Event()
@@ -51,7 +55,7 @@ def bad_server(answer: Answer) -> Iterator[BadServer]:
                 with suppress(OSError):
                     connection, _ = listener.accept()
                     threading.Thread(
-                        target=_serve, args=(connection, server, answer, ending), daemon=True
+                        target=_serve, args=(connection, server, answer, cut, ending), daemon=True
                     ).start()
 
         thread = threading.Thread(target=accept, daemon=True)
@@ -65,7 +69,9 @@ def bad_server(answer: Answer) -> Iterator[BadServer]:
             thread.join(5)
 
 
-def _serve(connection: socket.socket, server: BadServer, answer: Answer, ending: threading.Event) -> None:
+def _serve(
+    connection: socket.socket, server: BadServer, answer: Answer, cut: Cut, ending: threading.Event
+) -> None:
     with connection, suppress(OSError):
         connection.settimeout(30)
         head = b""
@@ -74,12 +80,21 @@ def _serve(connection: socket.socket, server: BadServer, answer: Answer, ending:
             if not piece:
                 return
             head += piece
-        first, *lines = head.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+        head, _, body = head.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
         method, path, _ = first.split(" ")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         asked = Asked(method, path, headers, sum(each.path == path for each in server.asked))
+        length = int(headers.get("content-length", "0"))
+        limit = cut(asked) if length else None
+        wanted = length if limit is None else min(limit, length)
+        while len(body) < wanted and (piece := connection.recv(1 << 20)):
+            body += piece
+        asked = replace(asked, body=body[:wanted])
         server.asked.append(asked)
         said = answer(asked)
+        if limit is not None:
+            return  # bytes that were not read make the end of the connection a reset
         if said is None:
             ending.wait(30)
         else:

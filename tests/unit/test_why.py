@@ -182,8 +182,10 @@ def test_a_registry_that_refuses_the_index_is_not_the_end(monkeypatch: pytest.Mo
 
 
 def test_several_indexes_and_another_subject() -> None:
-    """Of two referrers the first is used, which is said; an index of another image is said to be one."""
-    other = INDEX.replace(b"1ea13bd3", b"2ea13bd3")
+    """Of two referrers the smaller digest is used, which is said; an index of another image is said to be one."""
+    changed = INDEX.replace(b"1ea13bd3", b"2ea13bd3")
+    other = min((changed + b" " * count for count in range(9)), key=digests.sha256)
+    assert digests.sha256(other) < digests.sha256(INDEX)
     found = why(Shelf(*DOCUMENTS, ZTOC, tagged=PLAIN, referrers=[other, INDEX]), V1)
     assert found.lazy
     assert any(note.startswith("2 v1 indexes") and digests.sha256(other) in note for note in found.notes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from dataclasses import dataclass, replace
 
 import click
 
-from ..errors import NotFound
+from ..errors import NotFound, Remote
 from ..formats import oci
 from ..formats.digest import Digest
 from ..formats.oci import Descriptor
@@ -18,9 +20,11 @@ from ..index.outputs import Blob
 from ..index.places import ContainerdContent, ImageContent
 from ..index.push import CONCURRENT_UPLOADS, is_converted, push, push_image
 from ..index.sinks import Store
+from ..policy.discovery import candidates
 from ..registry.client import RegistryClient
+from ..registry.referrers import index_tag as tag_of
 from ..store.artifacts import Artifacts
-from .context import Globals, image_reference, wanted_platforms
+from .context import Bytes, Globals, image_reference, wanted_platforms
 from .progress import Meter, Task, metering
 from .registries import RegistryFlags, open_registry, registry_options
 
@@ -46,6 +50,18 @@ _SHORT = 12
     help="Blobs sent at once; 0 is the default.",
 )
 @click.option(
+    "--chunk-size",
+    type=Bytes(zero=True),
+    default=0,
+    metavar="BYTES",
+    help="Send larger blobs in pieces of this size; 0 does so above 256 MiB, or where the registry wants it.",
+)
+@click.option(
+    "--index-tag",
+    is_flag=True,
+    help="Name the index by a tag too, sha256-<hex of the manifest>.soci, for registries that list no referrers.",
+)
+@click.option(
     "--snapshotter",
     envvar="CONTAINERD_SNAPSHOTTER",
     show_envvar=True,
@@ -62,6 +78,8 @@ def push_command(
     all_platforms: bool,
     existing_index: str,
     max_concurrent_uploads: int,
+    chunk_size: int,
+    index_tag: bool,
     snapshotter: str | None,
     quiet: bool,
     registry: RegistryFlags,
@@ -79,7 +97,8 @@ def push_command(
         open_registry(registry, reference) as remote,
         metering(quiet=quiet) as meter,
     ):
-        pushing = _Pushing(remote, reference, max_concurrent_uploads or CONCURRENT_UPLOADS, quiet, meter)
+        sending = _Sending(max_concurrent_uploads or CONCURRENT_UPLOADS, chunk_size, index_tag)
+        pushing = _Pushing(remote, reference, sending, quiet, meter)
         root = client.images.get(str(reference)).target
         content = ContainerdContent(client)
         if is_converted(content, root):
@@ -101,15 +120,24 @@ def push_command(
             raise missing[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """How blobs go: so many at once, larger ones in pieces of `chunk` bytes (0 for the default); the tag wanted."""
+
+    uploads: int
+    chunk: int
+    tag: bool
+
+
 class _Pushing:
     """One command's uploads: a bar per blob on a terminal, a line per result on stdout."""
 
     def __init__(
-        self, remote: RegistryClient, reference: Reference, uploads: int, quiet: bool, meter: Meter
+        self, remote: RegistryClient, reference: Reference, sending: _Sending, quiet: bool, meter: Meter
     ) -> None:
         self._remote = remote
         self._reference = reference
-        self._uploads = uploads
+        self._sending = sending
         self._quiet = quiet
         self._meter = meter
         self._lock = threading.Lock()
@@ -119,8 +147,7 @@ class _Pushing:
         """What --existing-index says about the indexes that are there already. Pushing one again changes nothing."""
         if existing == "allow":
             return True
-        listed = self._remote.referrers(self._reference, image.digest, INDEX_V1, pushing=True)
-        found = [entry.digest for entry in listed]
+        found = self._found(image)
         if found and existing == "skip":
             self._say(f"skipped: {self._reference} has the SOCI index {found[0]} already")
             return False
@@ -132,15 +159,45 @@ class _Pushing:
             )
         return True
 
+    def _found(self, image: Descriptor) -> list[Digest]:
+        try:
+            listed = self._remote.referrers(self._reference, image.digest, INDEX_V1, pushing=True)
+        except Remote:
+            if not self._sending.tag:
+                raise
+            listed = []  # the registry that the tag is for
+        found = [entry.digest for entry in listed]
+        if self._sending.tag:
+            with contextlib.suppress(NotFound):
+                named = replace(self._reference, tag=tag_of(image.digest), digest=None)
+                found.append(self._remote.resolve(named).digest)
+        return list(candidates(found))
+
     def index(self, store: Store, index: Digest, image: Descriptor) -> None:
         """Push a v1 index of the image."""
-        push(self._remote, self._reference, store, index, uploads=self._uploads, progress=self._progress)
-        self._result(index, f"pushed {index} for {image.digest}")
+        tag = tag_of(image.digest) if self._sending.tag else None
+        push(
+            self._remote,
+            self._reference,
+            store,
+            index,
+            uploads=self._sending.uploads,
+            progress=self._progress,
+            tag=tag,
+            piece=self._sending.chunk,
+        )
+        self._result(index, f"pushed {index} for {image.digest}" + (f", as {tag}" if tag else ""))
 
     def image(self, content: ImageContent, root: Descriptor) -> None:
         """Push a whole converted image."""
         push_image(
-            self._remote, self._reference, content, root, uploads=self._uploads, progress=self._progress
+            self._remote,
+            self._reference,
+            content,
+            root,
+            uploads=self._sending.uploads,
+            progress=self._progress,
+            piece=self._sending.chunk,
         )
         self._result(root.digest, f"pushed {root.digest} as {self._reference}, with its SOCI indexes")
 

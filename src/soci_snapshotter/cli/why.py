@@ -60,6 +60,7 @@ def why_command(
     modes = Modes(
         v1=loaded.pull_modes.soci_v1.enable,
         v2=loaded.pull_modes.soci_v2.enable,
+        tag=loaded.pull_modes.soci_v1.index_tag,
         min_layer_size=loaded.snapshotter.min_layer_size,
     )
     with open_registry(registry, reference) as client:

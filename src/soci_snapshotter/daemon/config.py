@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,14 @@ class Enable(msgspec.Struct, frozen=True):
     enable: bool = False
 
 
+class SociV1(msgspec.Struct, frozen=True):
+    """[pull_modes.soci_v1]."""
+
+    enable: bool = False
+    index_tag: bool = False
+    """Ours: where the registry lists no referrer, look for the index under the tag `sha256-<manifest's hex>.soci`."""
+
+
 class DecompressStream(msgspec.Struct, frozen=True):
     """[pull_modes.parallel_pull_unpack.decompress_streams.<alg>]."""
 
@@ -119,7 +127,7 @@ class ParallelPullUnpack(msgspec.Struct, frozen=True):
 class PullModes(msgspec.Struct, frozen=True):
     """[pull_modes]."""
 
-    soci_v1: Enable = Enable(False)
+    soci_v1: SociV1 = SociV1()
     soci_v2: Enable = Enable(True)
     parallel_pull_unpack: ParallelPullUnpack = ParallelPullUnpack()
 
@@ -139,7 +147,7 @@ class CriKeychain(msgspec.Struct, frozen=True):
 
 
 class Mirror(msgspec.Struct, frozen=True):
-    """One of [[resolver.host.<host>.mirrors]]."""
+    """One of [[resolver.host.<host>.mirrors]]: `insecure` is http, a negative request_timeout_sec none at all."""
 
     host: str = ""
     insecure: bool = False
@@ -158,6 +166,8 @@ class Resolver(msgspec.Struct, frozen=True):
     auth_client_ttl_sec: int = 3600
     enable_auth_client_sharing: bool = False
     host: dict[str, Host] = {}
+    config_path: str = "/etc/containerd/certs.d:/etc/docker/certs.d"
+    """Ours, named as containerd's: directories of hosts.toml, the first that knows a registry counts; "" for none."""
 
 
 class SnapshotterConfig(msgspec.Struct, frozen=True):
@@ -206,10 +216,9 @@ class Config(msgspec.Struct, frozen=True):
 
 
 # Features whose switch exists but whose part is not built: to start as if it were on would mislead.
-_NOT_YET = (
+_NOT_YET: tuple[tuple[str, Callable[[Config], bool]], ...] = (
     ("cri_keychain.enable_keychain", lambda c: c.cri_keychain.enable_keychain),
     ("kubeconfig_keychain.enable_keychain", lambda c: c.kubeconfig_keychain.enable_keychain),
-    ("resolver.host", lambda c: bool(c.resolver.host)),
 )
 
 
@@ -264,6 +273,18 @@ def _check(config: Config, name: str) -> None:
     if config.mount_timeout_sec < 0:
         raise ConfigError(f"{name}: mount_timeout_sec = {config.mount_timeout_sec}: must not be negative")
     _check_parallel(config, name)
+    _check_resolver(config, name)
+
+
+def _check_resolver(config: Config, name: str) -> None:
+    for host, said in config.resolver.host.items():
+        for number, mirror in enumerate(said.mirrors):
+            key = f"resolver.host.{host!r}.mirrors[{number}].host"
+            if not mirror.host:
+                raise ConfigError(f"{name}: {key}: is missing; name the mirror's host[:port]")
+    for directory in config.resolver.config_path.split(":"):
+        if directory and not os.path.isabs(directory):
+            raise ConfigError(f"{name}: resolver.config_path = {directory!r}: must be absolute paths")
 
 
 def _check_parallel(config: Config, name: str) -> None:

@@ -24,8 +24,12 @@ def send(
     uploads: int,
     progress: Callable[[Blob, int], None] = lambda _blob, _count: None,
     mount_from: str = "",
+    piece: int = 0,
+    tag_suffices: bool = False,
 ) -> None:
     """Push the blobs, each after those it names; the last is the root, under `tag` if there is one.
+
+    `piece` and `tag_suffices`: see RegistryClient.
 
     What the repository has is not sent again; what `mount_from`, another repository of the same registry, has is
     taken from there. `progress` gets a negative count for bytes that have to go again. Raises Remote for a registry
@@ -34,12 +38,24 @@ def send(
     listed = list(blobs)
     documents = [blob for blob in listed if blob.descriptor.media_type in _DOCUMENTS]
     _send_blobs(
-        client, target, [blob for blob in listed if blob not in documents], uploads, progress, mount_from
+        client,
+        target,
+        [blob for blob in listed if blob not in documents],
+        uploads,
+        progress,
+        mount_from,
+        piece,
     )
     for blob in documents:
         data = b"".join(blob.pieces())
         last = blob is documents[-1]
-        client.push_manifest(target, data, blob.descriptor.media_type, tag if last else None)
+        client.push_manifest(
+            target,
+            data,
+            blob.descriptor.media_type,
+            tag if last else None,
+            tag_suffices=last and tag_suffices,
+        )
 
 
 def _send_blobs(
@@ -49,6 +65,7 @@ def _send_blobs(
     uploads: int,
     progress: Callable[[Blob, int], None],
     mount_from: str,
+    piece: int,
 ) -> None:
     def one(blob: Blob, stopped: Callable[[], bool]) -> None:
         client.push_blob(
@@ -57,6 +74,7 @@ def _send_blobs(
             lambda: _until(stopped, blob),
             lambda count: progress(blob, count),
             mount_from=mount_from,
+            piece=piece,
         )
 
     run_all([functools.partial(one, blob) for blob in blobs], uploads)

@@ -47,8 +47,12 @@ def push(
     *,
     uploads: int = CONCURRENT_UPLOADS,
     progress: Progress = _silent,
+    tag: str | None = None,
+    piece: int = 0,
 ) -> Descriptor:
     """Push the index manifest `index` and all it names; `progress(blob, bytes)` is told of each piece sent.
+
+    By digest, or under `tag`, and then the registry may refuse to list it as a referrer. `piece`: see RegistryClient.
 
     Raises NotFound for a blob missing in `source`, Remote for a registry that refuses. The manifest goes last, so
     that nobody finds an index whose ztocs are not there.
@@ -61,7 +65,16 @@ def push(
     described = Descriptor(manifest.media_type or oci.MANIFEST, index, len(data))
     named = {entry.digest: entry for entry in (manifest.config, *manifest.layers)}
     blobs = [*(Blob(entry, content) for entry in named.values()), Blob(described, data)]
-    send(client, repo, blobs, tag=None, uploads=uploads, progress=progress)
+    send(
+        client,
+        repo,
+        blobs,
+        tag=tag,
+        uploads=uploads,
+        progress=progress,
+        piece=piece,
+        tag_suffices=tag is not None,
+    )
     return described
 
 
@@ -81,6 +94,7 @@ def push_image(
     *,
     uploads: int = CONCURRENT_UPLOADS,
     progress: Progress = _silent,
+    piece: int = 0,
 ) -> None:
     """Push the image `root` and all it names, `root` last and under the tag of `target`.
 
@@ -89,7 +103,7 @@ def push_image(
     blobs: dict[Digest, Blob] = {}
     for blob in _tree(content, root, lambda entry: client.exists(target, entry, pushing=True), _DEPTH):
         blobs.setdefault(blob.digest, blob)
-    send(client, target, blobs.values(), tag=target.tag, uploads=uploads, progress=progress)
+    send(client, target, blobs.values(), tag=target.tag, uploads=uploads, progress=progress, piece=piece)
 
 
 def _tree(

@@ -41,6 +41,7 @@ class Modes:
     v1: bool = False
     v2: bool = True
     min_layer_size: int = 0
+    tag: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ def _look(
 ) -> Found:
     """The index as the daemon would find it. What keeps it from one becomes a note: it would unpack the layers."""
     try:
-        found = look(client, reference, image, v1=modes.v1, v2=modes.v2)
+        found = look(client, reference, image, v1=modes.v1, v2=modes.v2, tag=modes.tag)
     except SociError as error:
         notes.append(f"the index cannot be used: {error}")
         return Found(None, ())
@@ -159,13 +160,13 @@ def _look(
 
 
 def _spoken(step: Step) -> str | None:
+    if step.note:
+        return step.note
     if step.dangling:
         return (
             f"the image's annotation names the index {step.named}, which the registry does not have: push the "
             "converted image whole; while the annotation is there, no v1 index is looked for"
         )
-    if step.source is Source.V1 and step.count > 1:
-        return f"{step.count} v1 indexes refer to the image; the registry lists {step.named} first"
     return None
 
 

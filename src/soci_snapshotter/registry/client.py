@@ -19,12 +19,13 @@ from soci_snapshotter.formats.hosts import Capability
 from soci_snapshotter.formats.httpfields import Range
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
-from soci_snapshotter.registry import referrers, upload
+from soci_snapshotter.registry import manifests, referrers
 from soci_snapshotter.registry.credentials import CredentialProvider
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.options import Options
 from soci_snapshotter.registry.routes import Hosts, Route, Router
 from soci_snapshotter.registry.transport import Answer, Session, read_pieces
+from soci_snapshotter.registry.upload import Uploads
 from soci_snapshotter.registry.urls import Repo
 
 ACCEPT = ", ".join(oci.MANIFEST_TYPES + oci.INDEX_TYPES)
@@ -45,6 +46,7 @@ class RegistryClient:
         self.credentials = credentials
         self.session = Session(self.options, credentials)
         self.router = Router(self.session, hosts)
+        self._uploads = Uploads()
 
     def __enter__(self) -> Self:
         return self
@@ -172,18 +174,31 @@ class RegistryClient:
         progress: Callable[[int], None] | None = None,
         *,
         mount_from: str = "",
+        piece: int = 0,
     ) -> bool:
-        """Upload a blob in one piece unless it is there; `body` makes its bytes anew for each try. True if sent.
+        """Upload a blob unless it is there; `body` makes its bytes anew for each try. True if sent.
 
         `mount_from`: a repository of the same registry that may have it, and from which it is then taken.
+        `piece`: a larger blob goes in pieces of so many bytes; 0 leaves that to its size and to the registry.
         """
         if self.exists(repo, descriptor, pushing=True):
             return False
-        return upload.blob(self.router.pushing(repo), descriptor, body, progress, mount_from)
+        return self._uploads.blob(self.router.pushing(repo), descriptor, body, progress, mount_from, piece)
 
-    def push_manifest(self, repo: Repo, data: bytes, media_type: str, tag: str | None = None) -> Descriptor:
-        """Put a manifest by tag or digest; its subject's fallback tag is updated where the registry has no API."""
-        return upload.manifest(self.router.pushing(repo), data, media_type, tag)
+    def push_manifest(
+        self,
+        repo: Repo,
+        data: bytes,
+        media_type: str,
+        tag: str | None = None,
+        *,
+        tag_suffices: bool = False,
+    ) -> Descriptor:
+        """Put a manifest by tag or digest; its subject's fallback tag is updated where the registry has no API.
+
+        With `tag_suffices` a registry may refuse that update: the manifest is found by its own tag.
+        """
+        return manifests.put(self.router.pushing(repo), data, media_type, tag, tag_suffices=tag_suffices)
 
 
 def _resolve(route: Route, ref: Reference) -> Descriptor:

@@ -14,6 +14,9 @@ from soci_snapshotter.errors import NotFound, Remote, SociError
 # from the network.
 _CODE = re.compile(rb'"code"\s*:\s*"([A-Z_]{1,40})"')
 
+# What http.client and urllib3 raise when a proxy refuses CONNECT; its words are the network's.
+_TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})\b", re.ASCII)
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -55,6 +58,7 @@ def refused(subject: Subject, status: int, body: bytes = b"") -> NotFound | Refu
         400: "check the registry, and whether it wants https or a client certificate",
         401: f"check the user name and password for {subject.host}",
         403: f"check that the account may access {subject.repository}, and that its token has not expired",
+        407: "the proxy wants a user name and password; check HTTP_PROXY and HTTPS_PROXY",
         413: "the registry, or a proxy before it, takes no upload of this size; check its limits",
         416: "the blob is shorter than its descriptor says; check the registry's storage",
         429: "too many requests; log in for a higher limit, or wait",
@@ -62,17 +66,16 @@ def refused(subject: Subject, status: int, body: bytes = b"") -> NotFound | Refu
     return Refused(f"{subject}: {said}; {check}", status)
 
 
-def unreachable(subject: Subject, error: BaseException) -> Remote:
-    """The error for a connection that failed or broke."""
-    return Remote(
-        f"{subject}: {reason(error)}; check that {subject.host} is right, up and reachable from here"
-    )
+def unreachable(subject: Subject, error: BaseException, place: str = "") -> Remote:
+    """The error for a connection that failed or broke; `place` is whom it was to, if not the subject's host."""
+    place = place or subject.host
+    return Remote(f"{subject}: {reason(error)}; check that {place} is right, up and reachable from here")
 
 
-def untrusted(subject: Subject, error: BaseException) -> Remote:
-    """The error for a TLS handshake that failed: trying again changes nothing."""
+def untrusted(subject: Subject, error: BaseException, place: str = "") -> Remote:
+    """The error for a TLS handshake that failed: trying again changes nothing. `place`: see `unreachable`."""
     return Remote(
-        f"{subject}: TLS with {subject.host} failed ({reason(error)}); "
+        f"{subject}: TLS with {place or subject.host} failed ({reason(error)}); "
         "check its certificate, or whether it speaks plain HTTP only"
     )
 
@@ -88,9 +91,17 @@ def reason(error: BaseException) -> str:
         return "timed out"
     if isinstance(cause, socket.gaierror):
         return f"host name not found ({cause.strerror})"
+    if (refusal := _TUNNEL.match(str(cause))) is not None:
+        return f"the proxy answered HTTP {refusal[1]}"
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror.lower()
     return "connection broke off"
+
+
+def proxy_refused(error: BaseException) -> bool:
+    """Whether a proxy does not let us through: asking again changes nothing."""
+    refusal = _TUNNEL.match(str(root_cause(error)))
+    return refusal is not None and refusal[1] in ("403", "407")
 
 
 def root_cause(error: BaseException) -> BaseException:

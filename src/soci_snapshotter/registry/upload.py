@@ -1,74 +1,119 @@
-"""Uploads: blobs in one piece (POST, then PUT), manifests, and the referrers tag where there is no referrers API."""
+"""Uploads of blobs: whole (POST, then PUT), or in pieces (POST, PATCHes, PUT) that go on where they broke.
+
+Whole is what every registry takes, so it comes first. Pieces are for blobs that would take long to send again, for
+registries, or proxies before them, that refuse large bodies, and for whoever asks for them. A registry that knows no
+pieces gets the blob whole after all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from urllib.parse import quote
 
-from soci_snapshotter.errors import Invalid, NotFound, Remote
-from soci_snapshotter.formats import digest as digests
-from soci_snapshotter.formats import oci
-from soci_snapshotter.formats.digest import Digest
-from soci_snapshotter.formats.oci import Descriptor, Index, Manifest
-from soci_snapshotter.registry import referrers, urls
+from soci_snapshotter.errors import NotFound, Remote
+from soci_snapshotter.formats.oci import Descriptor
+from soci_snapshotter.registry import urls
 from soci_snapshotter.registry.auth import Scope
-from soci_snapshotter.registry.failures import Transient
+from soci_snapshotter.registry.failures import Refused, Transient
+from soci_snapshotter.registry.pieces import Bytes, Lost, Pieces, in_pieces
 from soci_snapshotter.registry.routes import Route
 from soci_snapshotter.registry.transport import Answer, Call
 
 _ANSWER = 64 << 10  # answers to uploads are empty or an error body
-# Two pushers that update one referrers tag can overwrite each other: each looks whether its entry stayed.
-_TAG_TRIES = 4
 _ACTIONS = "pull,push"
 # 201 answers a mount that was made, 202 an upload that was begun.
 _STARTED = frozenset({201, 202})
+# Above it, a minute at 35 Mbit/s, a blob goes in pieces: sending it again from its start would cost too much.
+WHOLE_LIMIT = 256 << 20
+# Large enough that the answers' round trips do not count, under the 100 MB that hosted proxies let through.
+PIECE = 32 << 20
+# A registry that forgets uploads that broke off has the blob begun anew this often.
+_RESTARTS = 3
+# A body too large, or a method, a path, a range or a kind of body that is not known.
+_NO_WHOLE = frozenset({405, 411, 413, 415, 501})
+_NO_PIECES = frozenset({400, 405, 411, 415, 416, 501})
 
 
-def blob(
+class Uploads:
+    """How blobs are sent. Remembers which hosts want pieces, and how large. Thread safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}
+
+    def blob(
+        self,
+        route: Route,
+        descriptor: Descriptor,
+        body: Callable[[], Iterable[bytes]],
+        progress: Callable[[int], None] | None,
+        mount_from: str = "",
+        piece: int = 0,
+    ) -> bool:
+        """Upload a blob; True if it was sent. Remote when the registry refuses, or takes it for another.
+
+        `mount_from` is a repository of the same registry that may have the blob already: then nothing is sent, and
+        the answer is False. `piece`: send what is larger in pieces of so many bytes; 0 decides by the blob's size.
+        `progress` is told of bytes as they go, of a negative number when they have to go again.
+        """
+        with self._lock:
+            wanted = self._sizes.get(route.endpoint.host, 0)
+        pieces = bool(wanted) or descriptor.size > (piece or WHOLE_LIMIT)
+        if not pieces:
+            try:
+                return _whole(route, descriptor, body, progress, mount_from)
+            except Refused as refused:
+                if refused.status not in _NO_WHOLE or not descriptor.size:
+                    raise
+        plan = Pieces(wanted or piece or PIECE)
+        try:
+            sent = _pieced(route, descriptor, body, progress, mount_from, plan)
+        except (Refused, Lost) as error:
+            if not pieces or (isinstance(error, Refused) and error.status not in _NO_PIECES):
+                raise
+            return _whole(route, descriptor, body, progress, mount_from)
+        if not pieces or plan.refused:
+            with self._lock:
+                self._sizes[route.endpoint.host] = plan.size
+        return sent
+
+
+def _whole(
     route: Route,
     descriptor: Descriptor,
     body: Callable[[], Iterable[bytes]],
     progress: Callable[[int], None] | None,
-    mount_from: str = "",
+    mount_from: str,
 ) -> bool:
-    """Upload a blob; True if it was sent. Remote when the registry takes it for another.
-
-    A broken upload starts over from POST: the registries it was tried with (docker-registry 2.8, go-containerregistry)
-    have forgotten an upload whose request broke off, so there is nothing to resume but whole blobs.
-    `mount_from` is a repository of the same registry that may have the blob already: then nothing is sent, and the
-    answer is False. `progress` is told of bytes as they go, of a negative number when they have to go again.
-    """
+    """A broken upload starts over from POST: of one request, registries keep nothing or all."""
     session = route.session
+    data = Bytes(body, progress)
 
     def attempt() -> bool:
+        data.at(0)
         started, answer = _start(route, descriptor, mount_from)
         if answer.status == 201:
             return False
-        target = urls.follow(started.url, _location(answer, started), started.subject)
-        target += f"{'&' if '?' in target else '?'}digest={descriptor.digest}"
-        away = urls.split(target)[0] != urls.split(started.url)[0]
-        counter = _Counter(progress)
         call = replace(
-            started,
+            _there(started, location_of(answer, started)),
             method="PUT",
-            url=target,
-            # Another host than the registry's gets no authorization: a scope for which there never is a grant.
-            scope=Scope(urls.split(target)[0].host, "", "") if away else started.scope,
             expected=frozenset({201}),
             headers={"Content-Type": "application/octet-stream"},
-            body=lambda: counter.over(body()),
+            body=lambda: data.read(0, descriptor.size),
             size=descriptor.size,
             timeout=session.options.upload_timeout,
         )
+        call = replace(call, url=_with_digest(call.url, descriptor))
         try:
             with session.open_once(call) as response:
                 said = response.headers.get("Docker-Content-Digest", descriptor.digest)
         except Transient:
-            counter.take_back()
+            data.at(0)
             raise
         finally:
-            counter.close()
+            data.close()
         if said != descriptor.digest:
             raise Remote(f"{started.subject}: the registry stored another digest; check its storage")
         return True
@@ -76,56 +121,73 @@ def blob(
     return session.retrying(attempt, session.options.retry)
 
 
-def manifest(route: Route, data: bytes, media_type: str, tag: str | None) -> Descriptor:
-    """Put a manifest under `tag` or its digest."""
-    if len(data) > oci.MANIFEST_LIMIT:
-        raise Invalid(f"manifest of {len(data)} bytes: registries take at most {oci.MANIFEST_LIMIT}")
-    document = oci.decode_manifest(data)
-    digest = digests.sha256(data)
-    answer = _put(route, data, media_type, tag or str(digest))
-    if answer.headers.get("Docker-Content-Digest", digest) != digest:
-        raise Remote(f"{route}: stored another digest than {digest}; check the registry")
-    descriptor = Descriptor(media_type, digest, len(data))
-    subject = document.subject
-    if subject is not None and "OCI-Subject" not in answer.headers:
-        kind = document.artifact_type
-        if not kind and isinstance(document, Manifest):
-            kind = document.config.media_type
-        entry = Descriptor(
-            media_type, digest, len(data), annotations=document.annotations, artifact_type=kind
-        )
-        _update_tag(route, subject.digest, entry)
-    return descriptor
+def _pieced(
+    route: Route,
+    descriptor: Descriptor,
+    body: Callable[[], Iterable[bytes]],
+    progress: Callable[[int], None] | None,
+    mount_from: str,
+    plan: Pieces,
+) -> bool:
+    data = Bytes(body, progress)
+    try:
+        for restart in range(_RESTARTS + 1):
+            data.at(0)
+            started, answer = _start(route, descriptor, mount_from)
+            if answer.status == 201:
+                return False
+            at_least = answer.headers.get("OCI-Chunk-Min-Length", "")
+            plan.at_least(int(at_least) if at_least.isdecimal() and len(at_least) < 12 else 0)
+            try:
+                there = _there(started, location_of(answer, started))
+                last = in_pieces(there, route.session, descriptor.size, data, plan)
+                _finish(route, last, descriptor)
+                return True
+            except Lost:
+                if restart == _RESTARTS:
+                    raise
+    finally:
+        data.close()
+    raise AssertionError("unreachable: the last restart returns or raises")
 
 
-def _update_tag(route: Route, subject: Digest, entry: Descriptor) -> None:
-    for _ in range(_TAG_TRIES):
-        current = referrers.from_tag(route, subject, _ACTIONS)
-        if any(each.digest == entry.digest for each in current.manifests):
+def _finish(route: Route, last: Call, descriptor: Descriptor) -> None:
+    """Name the digest of what was sent. An answer that was lost is found out by asking for the blob."""
+    tried = False
+
+    def attempt() -> None:
+        nonlocal tried
+        if tried and _is_there(route, descriptor):
             return
-        updated = Index(
-            schema_version=2,
-            media_type=oci.INDEX,
-            manifests=(*current.manifests, entry),
-            annotations=current.annotations,
+        tried = True
+        call = replace(
+            last,
+            method="PUT",
+            url=_with_digest(last.url, descriptor),
+            expected=frozenset({201}),
+            headers={},
+            body=lambda: b"",
+            size=0,
+            timeout=route.session.options.upload_timeout,
         )
-        _put(route, oci.encode(updated), oci.INDEX, referrers.fallback_tag(subject))
-    listed = referrers.from_tag(route, subject, _ACTIONS).manifests
-    if not any(each.digest == entry.digest for each in listed):
-        raise Remote(f"{route}: others keep overwriting the referrers tag; push again")
+        try:
+            with route.session.open_once(call) as response:
+                said = response.headers.get("Docker-Content-Digest", descriptor.digest)
+        except NotFound as error:
+            raise Lost(str(error)) from None
+        if said != descriptor.digest:
+            raise Remote(f"{last.subject}: the registry stored another digest; check its storage")
+
+    route.session.retrying(attempt, route.session.options.retry)
 
 
-def _put(route: Route, data: bytes, media_type: str, name: str) -> Answer:
-    call = route.call(
-        "PUT",
-        f"manifests/{name}",
-        f"upload of manifest {name}",
-        expected=frozenset({201}),
-        headers={"Content-Type": media_type},
-        actions=_ACTIONS,
-        body=data,
-    )
-    return route.session.request(call, _ANSWER)
+def _is_there(route: Route, descriptor: Descriptor) -> bool:
+    call = route.call("HEAD", f"blobs/{descriptor.digest}", f"blob {descriptor.digest}", actions=_ACTIONS)
+    try:
+        route.session.request(call, 0)
+    except NotFound:
+        return False
+    return True
 
 
 def _start(route: Route, descriptor: Descriptor, mount_from: str) -> tuple[Call, Answer]:
@@ -142,37 +204,22 @@ def _start(route: Route, descriptor: Descriptor, mount_from: str) -> tuple[Call,
     return start, route.session.request(start, _ANSWER)
 
 
-def _location(answer: Answer, call: Call) -> str:
+def location_of(answer: Answer, call: Call) -> str:
+    """Where an upload goes on; Remote when the answer does not say."""
     location = answer.headers.get("Location", "")
     if not location:
         raise Remote(f"{call.subject}: no upload location; check the registry")
     return location
 
 
-class _Counter:
-    """Tells `progress` of the bytes of one try, and takes them back when it has to be made again."""
+def _there(started: Call, location: str) -> Call:
+    """The call at the upload's own location, which on another host than the registry's gets no authorization."""
+    target = urls.follow(started.url, location, started.subject)
+    away = urls.split(target)[0] != urls.split(started.url)[0]
+    # A scope for which there never is a grant.
+    scope = Scope(urls.split(target)[0].host, "", "") if away else started.scope
+    return replace(started, url=target, scope=scope)
 
-    def __init__(self, progress: Callable[[int], None] | None) -> None:
-        self._progress = progress
-        self._told = 0
-        self._pieces: Iterable[bytes] = ()
 
-    def close(self) -> None:
-        """End the last body where it stands: it may hold a connection to where it comes from."""
-        if isinstance(self._pieces, Generator):
-            self._pieces.close()
-
-    def over(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        self.take_back()  # a redirect makes the body anew within one try
-        self.close()
-        self._pieces = pieces
-        for piece in pieces:
-            yield piece
-            if self._progress is not None:
-                self._told += len(piece)
-                self._progress(len(piece))
-
-    def take_back(self) -> None:
-        if self._progress is not None and self._told:
-            self._progress(-self._told)
-        self._told = 0
+def _with_digest(url: str, descriptor: Descriptor) -> str:
+    return f"{url}{'&' if '?' in url else '?'}digest={descriptor.digest}"
