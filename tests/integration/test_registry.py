@@ -68,7 +68,7 @@ def test_push_resolve_fetch_ranges_and_referrers(registry: RunningRegistry) -> N
         assert sorted(each.digest for each in found) == sorted(indexes)
         assert client.referrers(repo, pushed.digest, "application/other") == []
 
-        pool = ConnectionPool(client.options.ssl_context())
+        pool = ConnectionPool(client.options)
         reader = BlobReader(client, pool, repo, layer.digest, layer.size)
         got = bytearray()
         reader.read_range(17, 2_500_000, got.extend, time.monotonic() + 20)

@@ -43,7 +43,7 @@ def read(server: BadServer, start: int = 100, end: int = 5000, credentials: bool
     reference = references.parse(f"{server.host}/r:1")
     provider = (lambda host: SECRET if host == server.host else None) if credentials else None
     with RegistryClient(FAST, provider) as client:
-        pool = ConnectionPool(client.options.ssl_context())
+        pool = ConnectionPool(client.options)
         try:
             reader = BlobReader(client, pool, reference, DIGEST, len(BLOB))
             return bytes(reader.read(start, end, time.monotonic() + 5))
@@ -130,7 +130,7 @@ def test_an_expired_signed_url_is_renewed() -> None:
         with bad_server(lambda asked: reply("302 Found", Location=go[asked.number])) as home:
             reference = references.parse(f"{home.host}/r:1")
             with RegistryClient(FAST) as client:
-                pool = ConnectionPool(client.options.ssl_context())
+                pool = ConnectionPool(client.options)
                 reader = BlobReader(client, pool, reference, DIGEST, len(BLOB))
                 assert reader.read(0, 100, time.monotonic() + 5) == BLOB[:100]
                 valid[0] = "/two"
@@ -201,7 +201,7 @@ def test_bearer_tokens_are_fetched_once_and_renewed() -> None:
     with bad_server(answer) as server:
         reference = references.parse(f"{server.host}/r:1")
         with RegistryClient(FAST, lambda host: SECRET) as client:
-            pool = ConnectionPool(client.options.ssl_context())
+            pool = ConnectionPool(client.options)
             reader = BlobReader(client, pool, reference, DIGEST, len(BLOB))
             for start in range(0, 1000, 100):
                 assert reader.read(start, start + 100, time.monotonic() + 5) == BLOB[start : start + 100]

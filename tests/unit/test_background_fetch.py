@@ -39,6 +39,9 @@ class Source:
     asked: list[tuple[int, int]] = field(default_factory=list)
     group: str = "r.example.com"
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def warm(self) -> None:
         """Nothing to open."""
 

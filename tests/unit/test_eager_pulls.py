@@ -81,6 +81,9 @@ class _Source:
         self._registry = registry
         self._blob = blob
 
+    def doubt(self) -> None:
+        """There is no other place."""
+
     def read_range(self, start: int, end: int, sink: Sink, deadline: float) -> None:
         assert deadline > time.monotonic()
         registry = self._registry

@@ -104,6 +104,9 @@ class Source:
         Source.asked += 1
         sink(memoryview(BLOB[start:end]))
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def warm(self) -> None:
         pass
 

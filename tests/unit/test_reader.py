@@ -70,6 +70,9 @@ class Source:
     group: str = "r.example.com"
     warmed: int = 0
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def warm(self) -> None:
         self.warmed += 1
 

@@ -17,6 +17,7 @@ from ..formats.hosts import Tls
 from ..formats.reference import Reference
 from ..registry.access import RegistryAccess
 from ..registry.client import RegistryClient
+from ..registry.proxies import from_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ def registry_access(flags: RegistryFlags, reference: Reference) -> RegistryAcces
         plain_http=flags.plain_http,
         tls=_tls(flags),
         hosts_dirs=tuple(Path(name) for given in flags.hosts_dir for name in given.split(",") if name),
+        proxies=from_environment(os.environ),
         dump=show_line if flags.http_dump else None,
         trace=show_line if flags.http_trace else None,
     )

@@ -18,7 +18,9 @@ from soci_snapshotter.containerd.stubs.snapshots_pb2_grpc import add_SnapshotsSe
 from soci_snapshotter.daemon.config import Config
 from soci_snapshotter.daemon.fetching import background_rules, eager_rules, flight_limit
 from soci_snapshotter.daemon.introspection import Parts, introspection
+from soci_snapshotter.daemon.registries import registry_hosts, registry_options
 from soci_snapshotter.daemon.snapshots_service import SnapshotsService
+from soci_snapshotter.daemon.survival import Survival
 from soci_snapshotter.errors import Config as ConfigError
 from soci_snapshotter.errors import Integrity
 from soci_snapshotter.formats import digest as digests
@@ -46,17 +48,15 @@ from soci_snapshotter.layers.workers import MetaWorkers
 from soci_snapshotter.policy.counters import Counters
 from soci_snapshotter.policy.eager import Eager
 from soci_snapshotter.policy.prepare import Options as PrepareOptions
-from soci_snapshotter.policy.retry import Retry
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.registry.credentials import DockerConfig
-from soci_snapshotter.registry.options import Options
 from soci_snapshotter.registry.pool import ConnectionPool
 from soci_snapshotter.registry.ranges import BlobReader
-from soci_snapshotter.serve import keeper_client
 from soci_snapshotter.serve.flatfiles import FuseServer
 from soci_snapshotter.serve.layer_mounts import LayerMounts
 from soci_snapshotter.serve.probe import probe
 from soci_snapshotter.snapshotter.directories import overlay_options
+from soci_snapshotter.snapshotter.migrate import go_root
 from soci_snapshotter.snapshotter.snapshotter import Snapshotter
 from soci_snapshotter.store.content import ContentStore
 from soci_snapshotter.store.layerfiles import LayerRecord, boot_id
@@ -78,39 +78,41 @@ class Daemon:
     layers: OpenLayers
     snapshotter: Snapshotter
     mounter: LayerMounts
-    run_dir: Path
+    survival: Survival
 
     def unmount_all(self) -> None:
         """SIGINT: take every mount down, and the keeper with them."""
         self.snapshotter.unmount_all()
         self.layers.unmount_all()
         self.mounter.detach()
-        keeper_client.stop(self.run_dir)
+        self.survival.end()
 
 
 @contextmanager
-def running(config: Config, *, root: Path, address: Path, docker_config: Path) -> Iterator[Daemon]:
+def running(
+    config: Config, *, root: Path, address: Path, docker_config: Path, survival: Survival
+) -> Iterator[Daemon]:
     """The daemon serves while the block lasts. Raises Config or Unsupported, one line each, when it cannot."""
     _make_directories(root, root / "snapshotter", address.parent)
     stack_kind = probe(root, None if config.mount_method == "auto" else config.mount_method)
     _log.info("layers are mounted", extra={"method": stack_kind.method, "how": stack_kind.text})
-    with ExitStack() as stack:
-        connection = keeper_client.acquire(address.parent)
+    with go_root(root), ExitStack() as stack:
+        connection = survival.acquire(address.parent)
         counters = Counters()
         pool = FlightPool(flight_limit(config), listed=config.prefetch.max_concurrency)
         # A flight that outlives the pool's patience may still answer: then the descriptor closes with the process.
-        stack.callback(lambda: connection.close() if pool.idle else None)
+        stack.callback(lambda: survival.let_go() if pool.idle else None)
         fresh = connection.fresh  # entering the server does not change what it was
         content = ContentStore(root / "content")
-        client = stack.enter_context(RegistryClient(_registry_options(config), DockerConfig(docker_config)))
-        connections = ConnectionPool(client.options.ssl_context())
-        stack.callback(connections.close)
+        client, connections = stack.enter_context(_registries(config, docker_config))
         workers = stack.enter_context(MetaWorkers(META_WORKERS))
         images = Images(client)
         free = FreeIndexes(root, content, images, span_size=DEFAULT_SPAN_SIZE, build_tool=BUILD_TOOL)
         releases = ThreadPoolExecutor(1, "release")
         ours: list[OpenLayers] = []
-        server = FuseServer(connection, on_release=lambda node: _released(releases, ours, node))
+        server = FuseServer(
+            connection, on_release=lambda node: _released(releases, ours, node), on_abort=survival.on_abort
+        )
 
         blob = partial(_blob, client, connections, counters)
         mounter = LayerMounts(stack_kind, root / "m", server, address.parent / "trees")
@@ -179,7 +181,17 @@ def running(config: Config, *, root: Path, address: Path, docker_config: Path) -
         )
         stack.enter_context(introspection(config, parts, address.parent))
         stack.enter_context(_serving(snapshotter, address, lazy.give_up))
-        yield Daemon(layers, snapshotter, mounter, address.parent)
+        yield Daemon(layers, snapshotter, mounter, survival)
+
+
+@contextmanager
+def _registries(config: Config, docker_config: Path) -> Iterator[tuple[RegistryClient, ConnectionPool]]:
+    options = registry_options(config, os.environ)
+    with (
+        RegistryClient(options, DockerConfig(docker_config), registry_hosts(config, options)) as client,
+        ConnectionPool(options) as connections,
+    ):
+        yield client, connections
 
 
 def _make_directories(*directories: Path) -> None:
@@ -249,6 +261,7 @@ def _resolver(config: Config, client: RegistryClient, counters: Counters) -> Ind
         client,
         v1=modes.soci_v1.enable,
         v2=modes.soci_v2.enable,
+        tag=modes.soci_v1.index_tag,
         entries=config.resolve_result_entry or DEFAULT_CACHE,
         counters=counters,
     )
@@ -261,7 +274,7 @@ def _serving(snapshotter: Snapshotter, address: Path, stopping: Callable[[], Non
     `stopping` ends calls that may take long.
     """
     address.unlink(missing_ok=True)
-    with ThreadPoolExecutor(RPC_THREADS, "rpc") as pool:
+    with snapshotter.returning(), ThreadPoolExecutor(RPC_THREADS, "rpc") as pool:
         server = grpc.server(pool)
         add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
         server.add_insecure_port(f"unix:{address}")
@@ -281,19 +294,6 @@ def _released(executor: ThreadPoolExecutor, layers: list[OpenLayers], node: int)
             executor.submit(table.released, node)
         except RuntimeError:  # stopping: the next start finds a layer without mounts and drops it
             _log.debug("release while stopping", extra={"node": node})
-
-
-def _registry_options(config: Config) -> Options:
-    http, blob = config.http, config.blob
-    return Options(
-        connect_timeout=(http.DialTimeoutMsec or 3000) / 1000,
-        request_timeout=(http.RequestTimeoutMsec or 300_000) / 1000,
-        retry=Retry(
-            attempts=blob.max_retries or http.MaxRetries or 8,
-            min_wait=(blob.min_wait_msec or http.MinWaitMsec or 30) / 1000,
-            max_wait=(blob.max_wait_msec or http.MaxWaitMsec or 300_000) / 1000,
-        ),
-    )
 
 
 def _read_options(config: Config) -> ReadOptions:

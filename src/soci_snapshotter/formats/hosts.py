@@ -83,6 +83,8 @@ class Endpoint:
     """Sent to this host with every request; they may be secrets."""
     dial_timeout: float | None = None
     """Seconds for a connection; None for the client's own."""
+    request_timeout: float | None = None
+    """Seconds for one whole request; None for the client's own."""
     namespace: str = ""
     """The registry this is a mirror of, for the query `ns`; empty for the registry itself."""
     guessed: bool = False
@@ -91,7 +93,7 @@ class Endpoint:
 
 def directories(host: str) -> tuple[str, ...]:
     """Names of a registry's directory below certs.d, the first that exists counts."""
-    name = DEFAULT_DOMAIN if host == DEFAULT_HOST else host
+    name = registry_name(host)
     before, colon, port = name.rpartition(":")
     return (f"{before}_{port}_", name, "_default") if colon else (name, "_default")
 
@@ -112,10 +114,31 @@ def parse(data: bytes, directory: str, default: Endpoint) -> tuple[Endpoint, ...
     if not isinstance(server, str):
         raise reader.wrong("server", "want a URL")
     endpoints.append(reader.endpoint(server, tree, default))
-    registry = DEFAULT_DOMAIN if default.host == DEFAULT_HOST else default.host
+    registry = registry_name(default.host)
     return tuple(
         each if each.host == default.host else replace(each, namespace=registry) for each in endpoints
     )
+
+
+def mirror(name: str, default: Endpoint, *, insecure: bool, request_timeout: float | None) -> Endpoint:
+    """One of config.toml's mirrors of the registry `default`: `host[:port]` by https, or by http where `insecure`.
+
+    A URL with a path, as in hosts.toml, will do, too. It is pulled from only. Raises Config naming it.
+    """
+    reader = _Reader(f"mirror {name[:200]!r}", "")
+    scheme = "" if "://" in name else "http://" if insecure else "https://"
+    place = reader.endpoint(scheme + name, {}, replace(default, tls=default.tls.without_client()))
+    return replace(
+        place,
+        capabilities=_EVERYTHING - {Capability.PUSH},
+        request_timeout=request_timeout,
+        namespace=registry_name(default.host),
+    )
+
+
+def registry_name(host: str) -> str:
+    """What mirrors and configurations call the registry that answers at `host`."""
+    return DEFAULT_DOMAIN if host == DEFAULT_HOST else host
 
 
 def certificate_files(names: Iterable[str], directory: str, default: Endpoint) -> Endpoint:

@@ -25,6 +25,7 @@ class Source(Protocol):
     """Where a blob's bytes are (registry.ranges.BlobReader)."""
 
     def read_range(self, start: int, end: int, sink: Sink, deadline: float) -> None: ...
+    def doubt(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -80,6 +81,10 @@ class Download:
             if self._error is None:
                 self._error = error
             self._changed.notify_all()
+
+    def doubt(self) -> None:
+        """What came is not the blob: whoever fetches it next had better ask the registry than its mirrors."""
+        self._source.doubt()
 
     def close(self) -> None:
         """Nobody follows any more: what is under way ends soon."""

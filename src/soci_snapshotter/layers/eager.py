@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from soci_snapshotter.errors import Remote, SociError
+from soci_snapshotter.errors import Integrity, Remote, SociError
 from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
@@ -227,6 +227,8 @@ class EagerPulls:
                 )
         except (SociError, OSError) as error:
             failure = error
+            if isinstance(error, Integrity):
+                download.doubt()
         except Exception as error:
             _log.exception("unpacking a layer failed", extra={"layer": str(job.layer.digest)})
             failure = SociError(f"{type(error).__name__}: {error}")

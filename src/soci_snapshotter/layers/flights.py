@@ -51,6 +51,9 @@ class RangeSource(Protocol):
     def warm(self) -> None:
         """Have connections ready. Does not raise."""
 
+    def close(self) -> None:
+        """End requests under way; none is wanted any more."""
+
 
 class _Dropped(OSError):
     """The layer goes, or the daemon stops: the flight is not wanted any more."""
@@ -99,12 +102,14 @@ class Flights:
         self._owners: dict[int, Flight] = {}  # span -> the flight that is to bring it; who waits has one
 
     def retire(self, then: Callable[[], None]) -> None:
-        """Start no more; call `then` when none is left: now, or behind the last."""
+        """Start no more; call `then` when none is left: now, or behind the last. Nobody waits: what flies is cut off."""
         with self.lock:
             self._retired = then
-            if self.flying:
-                return
-        then()
+            flying, wanted = self.flying, bool(self._parking)
+        if not flying:
+            then()
+        elif not wanted:
+            self.source.close()
 
     def claim(self, spans: Iterable[int], priority: Priority) -> list[Flight]:
         """Flights, to be submitted, for those of `spans` that are not here and that nobody brings soon. Under `lock`."""
@@ -387,7 +392,7 @@ class Flights:
         self.submit(fresh)
         self._parking.refuse(lost)
         about = {"layer": self.name, "error": str(error)}
-        if not demand:
+        if not demand or (self._retired is not None and not lost):
             kind = flight.priority.name
             _log.debug("spans did not come ahead", extra=about | {"spans": spans, "priority": kind})
             return

@@ -12,6 +12,7 @@ from soci_snapshotter.registry.certsd import CertsDirectories
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.registry.credentials import DockerConfig
 from soci_snapshotter.registry.options import Options
+from soci_snapshotter.registry.proxies import Proxies
 from soci_snapshotter.registry.urls import speaks_http
 
 
@@ -30,6 +31,7 @@ class RegistryAccess:
     tls: Tls = field(default_factory=Tls)
     hosts_dirs: tuple[Path, ...] = ()
     """certs.d directories; the first that has something for a registry counts."""
+    proxies: Proxies = field(default_factory=Proxies)
     dump: Callable[[str], None] | None = None
     """Told of the heads of requests and answers, line by line; a function of a module, so that it can be pickled."""
     trace: Callable[[str], None] | None = None
@@ -40,6 +42,7 @@ class RegistryAccess:
         options = Options(
             plain_http=self._speaks_http,
             tls=self.tls,
+            proxies=self.proxies,
             dump=self.dump,
             trace=self.trace,
         )

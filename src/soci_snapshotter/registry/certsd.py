@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,8 @@ from soci_snapshotter.errors import Config
 from soci_snapshotter.formats import hosts
 from soci_snapshotter.formats.hosts import Endpoint
 
+_log = logging.getLogger(__name__)
+
 # containerd reads the files for each pull; a daemon that asks for spans all day looks this often.
 _FRESH = 10.0
 
@@ -19,7 +22,7 @@ _FRESH = 10.0
 class CertsDirectories:
     """Endpoints of a registry, by the first of `directories` that has something for it. Call it with `host[:port]`.
 
-    Thread safe. Raises Config naming the file that cannot be read or understood.
+    Thread safe. Raises Config naming the file that cannot be read or understood; not any more when it could be before.
     """
 
     def __init__(self, directories: Sequence[Path], default: Callable[[str], Endpoint]) -> None:
@@ -36,7 +39,14 @@ class CertsDirectories:
             known = self._known.get(host)
         if known is not None and now - known[0] < _FRESH:
             return known[1]
-        endpoints = self._read(host)
+        try:
+            endpoints = self._read(host)
+        except Config as error:
+            if known is None:
+                raise
+            # Somebody is editing: containers that run go on with what was good.
+            endpoints = known[1]
+            _log.warning("a changed hosts.toml is not used", extra={"registry": host, "error": str(error)})
         with self._lock:
             self._known[host] = now, endpoints
         return endpoints

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from soci_snapshotter.errors import Config
 from soci_snapshotter.formats.hosts import Endpoint, Tls
 from soci_snapshotter.policy.retry import Retry
+from soci_snapshotter.registry.proxies import Proxies
 from soci_snapshotter.registry.urls import speaks_http
 
 
@@ -26,12 +27,19 @@ class Options:
     upload_timeout: float = 300.0
     """Until the head comes after an upload: registries copy a blob to its place before they answer."""
     request_timeout: float = 300.0
-    """The whole of a request whose answer is held in memory; a drip of bytes must end too."""
+    """The whole of a request; a drip of bytes must end too. A span's or a layer's then goes on with another one."""
+    head_timeout: float | None = None
+    """Until the head of an answer comes; None: as between two pieces of it."""
     span_timeout: float = 10.0
     """Between two pieces of a span, or until its head comes: somebody waits for it in read(2)."""
     retry: Retry = field(default_factory=Retry)
+    span_retry: Retry | None = None
+    """For spans; None: `retry`."""
     mirror_retry: Retry = field(default_factory=lambda: Retry(attempts=1))
     """For a host that has another one after it: asking that one is the better second try."""
+    connections: int | None = None
+    """At once to one host for spans; everything else has 16 at most, and no more than these. None: as many as needed."""
+    proxies: Proxies = field(default_factory=Proxies)
     user_agent: str = "soci-snapshotter"
     dump: Callable[[str], None] | None = None
     """Told of the head of each request and answer, secrets left out."""

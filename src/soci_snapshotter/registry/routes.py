@@ -1,7 +1,8 @@
 """Which of a registry's endpoints is asked, and which after it: mirrors in their order, the registry itself last.
 
-An endpoint that failed is passed over for a while, so that one dead mirror does not slow every request; the last
-one is always asked. Where an endpoint's scheme is a guess, a handshake finds it out once.
+A mirror that failed is for a while asked behind the registry only (registry.breaker), so that a dead one does not slow
+every request, and a live one still helps when the registry is away. Where an endpoint's scheme is a guess, a handshake
+finds it out once.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import logging
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 from urllib.parse import quote
 
 from soci_snapshotter.errors import Config, NotFound, SociError
+from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.formats.hosts import Capability, Endpoint, Tls
 from soci_snapshotter.registry import failures, urls
 from soci_snapshotter.registry.auth import Scope
+from soci_snapshotter.registry.breaker import Breaker
 from soci_snapshotter.registry.failures import Subject
 from soci_snapshotter.registry.transport import Call, Session
 from soci_snapshotter.registry.urls import Repo
@@ -31,8 +33,6 @@ T = TypeVar("T")
 Hosts: TypeAlias = Callable[[str], Sequence[Endpoint]]
 
 _OK = frozenset({200})
-# How long a mirror that failed is passed over: a restart's length. It costs one failed try a minute at most.
-_PASSED_OVER = 60.0
 # What OpenSSL says when the answer to its greeting is no TLS record: http servers send a 400, or hang up.
 _NO_TLS = frozenset(
     {
@@ -53,6 +53,7 @@ class Route:
     endpoint: Endpoint
     repository: str
     last: bool = True
+    """It is the registry, or what its hosts.toml puts there: what it says counts."""
 
     def __str__(self) -> str:
         return f"{self.endpoint.host}/{self.repository}"
@@ -99,50 +100,74 @@ class Router:
     def __init__(self, session: Session, hosts: Hosts | None) -> None:
         self._session = session
         self.hosts: Hosts = hosts or (lambda host: (session.options.endpoint(host),))
+        self.breaker = Breaker()
         self._lock = threading.Lock()
-        self._failed: dict[str, float] = {}  # host -> time.monotonic() until which it is passed over
         self._schemes: dict[str, str] = {}
 
-    def routes(self, repo: Repo, capability: Capability) -> list[Route]:
-        """Never empty; Config when no endpoint has the capability."""
-        able = [each for each in self.hosts(repo.host) if capability in each.capabilities]
-        if not able:
-            raise Config(
-                f"{repo.host}: no host of its hosts.toml has the capability {capability.value}; correct the file"
-            )
-        now = time.monotonic()
-        with self._lock:
-            passed_over = {host for host, until in self._failed.items() if until > now}
-        usable = [each for each in able[:-1] if each.host not in passed_over]
-        return [
-            Route(self._session, self._settled(each), repo.repository, last=each is able[-1])
-            for each in (*usable, able[-1])
-        ]
+    def routes(self, repo: Repo, capability: Capability, blob: Digest | None = None) -> list[Route]:
+        """Never empty, best first; Config when no endpoint has the capability.
+
+        Behind the last, which is the registry, come mirrors that failed a moment ago, and those of which one had other
+        bytes for `blob`.
+        """
+        able = self._able(repo, capability)
+        mirrors = [self._route(each, repo, last=False) for each in able[:-1]]
+        last = self._route(able[-1], repo, last=True)
+        if not mirrors:
+            return [last]
+        failing = self.breaker.failing({each.endpoint.host for each in mirrors} - {last.endpoint.host})
+        if blob is not None and self.breaker.doubted(blob):
+            return [last, *mirrors]
+        good = [each for each in mirrors if each.endpoint.host not in failing]
+        return [*good, last, *(each for each in mirrors if each.endpoint.host in failing)]
 
     def pushing(self, repo: Repo) -> Route:
         """The one place that takes uploads: as in containerd, the first with the capability."""
-        return replace(self.routes(repo, Capability.PUSH)[0], last=True)
+        return self._route(self._able(repo, Capability.PUSH)[0], repo, last=True)
 
     def over(self, repo: Repo, capability: Capability, attempt: Callable[[Route], T]) -> T:
         """What `attempt` returns for the first route for which it raises nothing; else what the last one raises."""
-        *mirrors, last = self.routes(repo, capability)
-        for route in mirrors:
+        refusal: SociError | None = None
+        for route in self.routes(repo, capability):
             try:
-                return attempt(route)
+                result = attempt(route)
             except Config:
                 raise  # a certificate that cannot be read is for the user to mend, not to step over
             except SociError as error:
+                if route.last:
+                    if isinstance(error, NotFound):
+                        raise  # no mirror has what the registry says is not there
+                    refusal = error
                 self.blame(route, error)
-        return attempt(last)
+                continue
+            self.praise(route)
+            return result
+        assert refusal is not None  # noqa: S101 - the last is among the routes
+        raise refusal
 
     def blame(self, route: Route, error: SociError) -> None:
         """Pass the route's host over for a while, unless it is the last, or just did not have something."""
         if route.last:
             return
         _log.debug("mirror gave nothing, the next is asked", extra={"reason": str(error)})
-        if not isinstance(error, NotFound):
-            with self._lock:
-                self._failed[route.endpoint.host] = time.monotonic() + _PASSED_OVER
+        if not isinstance(error, NotFound) and self.breaker.failed(route.endpoint.host):
+            _log.warning("mirror is passed over for a while", extra={"reason": str(error)})
+
+    def praise(self, route: Route) -> None:
+        """The route's host did what it should."""
+        if not route.last and self.breaker.worked(route.endpoint.host):
+            _log.info("mirror is back", extra={"mirror": route.endpoint.host})
+
+    def _able(self, repo: Repo, capability: Capability) -> list[Endpoint]:
+        able = [each for each in self.hosts(repo.host) if capability in each.capabilities]
+        if not able:
+            raise Config(
+                f"{repo.host}: no host of its hosts.toml has the capability {capability.value}; correct the file"
+            )
+        return able
+
+    def _route(self, endpoint: Endpoint, repo: Repo, *, last: bool) -> Route:
+        return Route(self._session, self._settled(endpoint), repo.repository, last)
 
     def _settled(self, endpoint: Endpoint) -> Endpoint:
         """The endpoint with the scheme that it speaks; https as long as nobody answers."""

@@ -10,11 +10,12 @@ import contextlib
 import logging
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import urllib3
 from urllib3.exceptions import HTTPError, InsecureRequestWarning, SSLError
@@ -31,9 +32,12 @@ from soci_snapshotter.registry.auth import (
     Scope,
     TokenRequest,
 )
+from soci_snapshotter.registry.contexts import Contexts
 from soci_snapshotter.registry.credentials import CredentialProvider
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.options import Options
+from soci_snapshotter.registry.proxies import Proxy
+from soci_snapshotter.registry.urls import Origin
 from soci_snapshotter.registry.wire import Wire
 
 _log = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ _ERROR_BODY = 64 << 10
 _PIECE = 256 << 10
 # Connections kept per host: as many layers and spans as are fetched at once.
 _POOL = 16
+# TLS that ended before its time: whoever was on the other side died, and may be back.
+_CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,9 @@ class Session:
         logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
         self._wire = Wire(options.dump, options.trace)
         self._lock = threading.Lock()
-        self._pools: dict[Tls, urllib3.PoolManager] = {}
-        self._pool(options.tls)  # certificates that cannot be used are named before anything is asked
+        self._contexts = Contexts(options.ssl_context)
+        self._pools: dict[tuple[Tls, Proxy | None], tuple[ssl.SSLContext, urllib3.PoolManager]] = {}
+        self._contexts.get(options.tls)  # certificates that cannot be used are named before anything is asked
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -98,14 +105,14 @@ class Session:
         self._closed.set()
         with self._lock:
             pools = list(self._pools.values())
-        for pool in pools:
+        for _, pool in pools:
             pool.clear()
 
     def request(self, call: Call, limit: int) -> Answer:
         """The whole answer, its body at most `limit` bytes; Remote when there is more."""
 
         def attempt() -> Answer:
-            deadline = time.monotonic() + self.options.request_timeout
+            deadline = time.monotonic() + self._request_timeout(call)
             response = self._exchange(call)
             with closing(response):
                 headers = response.headers
@@ -197,17 +204,25 @@ class Session:
                 raise Remote(f"{call.subject}: redirected to another host; check the token service")
         raise Remote(f"{call.subject}: more than {urls.MAX_REDIRECTS} redirects; check the registry")
 
+    def _request_timeout(self, call: Call) -> float:
+        own = None if call.endpoint is None else call.endpoint.request_timeout
+        return self.options.request_timeout if own is None else own
+
     def _send(self, call: Call, url: str, headers: dict[str, str]) -> Response:
-        read = self.options.read_timeout if call.timeout is None else call.timeout
+        options = self.options
+        head = call.timeout or options.head_timeout or options.read_timeout
+        head = min(head, self._request_timeout(call))
         connect = call.endpoint.dial_timeout if call.endpoint is not None else None
         body: bytes | Iterable[bytes] | None = None
         if call.body is not None:
             body = call.body()
             headers["Content-Length"] = str(call.size)
-        headers = {"User-Agent": self.options.user_agent, "Accept-Encoding": "identity", **headers}
+        headers = {"User-Agent": options.user_agent, "Accept-Encoding": "identity", **headers}
+        origin, _ = urls.split(url)
+        proxy = options.proxies.of(origin)
         started = self._wire.sending(call.method, url, headers)
         try:
-            response = self._pool(self._tls(call, url)).urlopen(
+            response = self._pool(self._tls(call, url), proxy).urlopen(
                 call.method,
                 url,
                 body=body,
@@ -216,38 +231,55 @@ class Session:
                 retries=False,
                 preload_content=False,
                 decode_content=False,
-                timeout=urllib3.Timeout(connect=connect or self.options.connect_timeout, read=read),
+                pool_timeout=options.request_timeout,
+                timeout=urllib3.Timeout(connect=connect or options.connect_timeout, read=head),
             )
         except (HTTPError, OSError) as error:
             self._wire.failed(call.method, url, error, started)
-            raise _broken(call.subject, error) from None
+            place = f"the proxy {proxy}" if proxy else origin.place
+            raise broken(call.subject, error, place, origin.place) from None
         self._wire.answered(call.method, url, response, started)
+        _set_patience(response, options.read_timeout)
         return response
 
     def _tls(self, call: Call, url: str) -> Tls:
         """The endpoint's certificates; a client certificate is shown to the endpoint's own host name only."""
         if call.endpoint is None:
             return self.options.tls.without_client()
-        same = urls.split(url)[0].host == urls.origin(call.endpoint).host
-        return call.endpoint.tls if same else call.endpoint.tls.without_client()
+        return tls_for(call.endpoint, urls.split(url)[0])
 
-    def _pool(self, tls: Tls) -> urllib3.PoolManager:
+    def _pool(self, tls: Tls, proxy: Proxy | None) -> urllib3.PoolManager:
+        context = self._contexts.get(tls)
         with self._lock:
-            pool = self._pools.get(tls)
-            if pool is None:
-                if tls.skip_verify:
-                    urllib3.disable_warnings(InsecureRequestWarning)  # the user asked for it; once is enough
-                pool = self._wire.attach(
-                    urllib3.PoolManager(
-                        num_pools=_POOL,
-                        maxsize=_POOL,
-                        retries=False,
-                        ssl_context=self.options.ssl_context(tls),
-                        headers={"User-Agent": self.options.user_agent},
-                    )
-                )
-                self._pools[tls] = pool
+            known = self._pools.get((tls, proxy))
+            if known is not None and known[0] is context:
+                return known[1]
+            if tls.skip_verify:
+                urllib3.disable_warnings(InsecureRequestWarning)  # the user asked for it; once is enough
+            pool = self._wire.attach(self._new_pool(context, proxy))
+            self._pools[tls, proxy] = context, pool
+        if known is not None:
+            known[1].clear()
         return pool
+
+    def _new_pool(self, context: ssl.SSLContext, proxy: Proxy | None) -> urllib3.PoolManager:
+        most = self.options.connections
+        settings: dict[str, Any] = {
+            "num_pools": _POOL,
+            "maxsize": _POOL if most is None else min(_POOL, most),
+            "block": most is not None,
+            "retries": False,
+            "ssl_context": context,
+            "headers": {"User-Agent": self.options.user_agent},
+        }
+        if proxy is None:
+            return urllib3.PoolManager(**settings)
+        return urllib3.ProxyManager(
+            proxy.url,
+            proxy_headers={"Proxy-Authorization": proxy.authorization} if proxy.authorization else None,
+            proxy_ssl_context=self._contexts.get(self.options.tls.without_client()),
+            **settings,
+        )
 
     def _fetch_token(self, request: TokenRequest) -> bytes:
         """Ask for a token once; the request that needs it is what is tried again."""
@@ -293,7 +325,7 @@ def read_pieces(response: Response, limit: int, subject: Subject, deadline: floa
             if deadline is not None and time.monotonic() > deadline:
                 raise Transient(failures.unreachable(subject, TimeoutError()))
     except (HTTPError, OSError) as error:
-        raise _broken(subject, error) from None
+        raise broken(subject, error) from None
 
 
 def discard(response: Response) -> bytes:
@@ -324,10 +356,28 @@ def closing(response: Response) -> Iterator[None]:
         response.release_conn()
 
 
-def _broken(subject: Subject, error: BaseException) -> Exception:
+def tls_for(endpoint: Endpoint, origin: Origin) -> Tls:
+    """What a connection to `origin`, the endpoint's own or one that it redirected to, is made with."""
+    same = origin.host == urls.origin(endpoint).host
+    return endpoint.tls if same else endpoint.tls.without_client()
+
+
+def broken(subject: Subject, error: BaseException, place: str = "", secure: str = "") -> Transient | Remote:
+    """What a connection to `place` that failed means: Transient where another try may help.
+
+    `secure`: with whom TLS is spoken, which is not a proxy on the way there.
+    """
     cause = failures.root_cause(error)
-    if isinstance(error, SSLError):
-        return failures.untrusted(subject, error)
-    if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
-        return failures.unreachable(subject, error)  # a name that does not exist will not in a second
-    return Transient(failures.unreachable(subject, error))
+    if isinstance(error, SSLError) or (isinstance(cause, ssl.SSLError) and not isinstance(cause, _CUT_OFF)):
+        return failures.untrusted(subject, error, secure or place)
+    unknown = isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
+    if unknown or failures.proxy_refused(error):
+        return failures.unreachable(subject, error, place)  # a name that does not exist will not in a second
+    return Transient(failures.unreachable(subject, error, place))
+
+
+def _set_patience(response: Response, seconds: float) -> None:
+    """The head came with a timeout of its own; from now on `seconds` count, between two pieces of the body."""
+    sock = getattr(response.connection, "sock", None)
+    if sock is not None:  # None: all is read already
+        sock.settimeout(seconds)

@@ -57,6 +57,12 @@ class Origin:
     host: str
     port: int
 
+    @property
+    def place(self) -> str:
+        """`host[:port]`, for people."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
 
 def is_loopback(host: str) -> bool:
     """True for `host[:port]` on this machine: `localhost`, 127.0.0.0/8 and ::1."""

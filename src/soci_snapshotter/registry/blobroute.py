@@ -1,0 +1,343 @@
+"""Ranges of one blob from one of the places that have it: one request at a time, with what it takes to get its answer.
+
+Where the place redirects to is remembered and asked directly until it refuses (signed URLs expire); then the place is
+asked again. A connection that was kept alive and turns out dead is replaced at once.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from soci_snapshotter.errors import Integrity, Remote, SociError
+from soci_snapshotter.formats.digest import Digest
+from soci_snapshotter.formats.hosts import Tls
+from soci_snapshotter.formats.httpfields import Range, parse_content_range, parse_retry_after
+from soci_snapshotter.policy.counters import LayerCounters
+from soci_snapshotter.policy.retry import is_transient
+from soci_snapshotter.registry import failures, urls
+from soci_snapshotter.registry.auth import MAX_ANSWERS, Scope
+from soci_snapshotter.registry.failures import Subject, Transient
+from soci_snapshotter.registry.pool import Connection, ConnectionPool, Peer
+from soci_snapshotter.registry.routes import Route
+from soci_snapshotter.registry.transport import broken, tls_for
+
+# One piece handed to the sink: big enough to cost nothing, small enough that who may be held up in between stops soon
+# (4 ms at 500 Mbit/s).
+_PIECE = 256 << 10
+# A server that ignores Range sends the blob from its start: this much is thrown away to reach the range, no more.
+_SKIP = 64 << 20
+_ERROR_BODY = 64 << 10
+# What a forgotten signature looks like: S3 and CloudFront 403, others 400, 401, 404 or 410.
+_EXPIRED = frozenset({400, 401, 403, 404, 410})
+_NO_TLS = Tls()
+
+
+class NoRanges(Remote):
+    """The server gives blobs only whole, and the range is far from the start."""
+
+
+class Sockets:
+    """The sockets that requests under way read from, to be shut when nobody wants the answers. Thread safe."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+
+    def stop(self) -> None:
+        """End what is under way; no request starts any more."""
+        self.stopped.set()
+        with self._lock:
+            left = list(self._open)
+        for sock in left:
+            try:
+                # Not SSLSocket's own, which would have its reader go on in plain text.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except (
+                OSError,
+                TypeError,
+            ):  # gone already; TypeError: TLS within TLS is no socket, and ends by its timeout
+                continue
+
+    def add(self, sock: socket.socket) -> None:
+        """A request goes out by `sock`. ConnectionAbortedError when it had better not."""
+        with self._lock:
+            self._open.add(sock)
+        if self.stopped.is_set():
+            raise ConnectionAbortedError("not wanted any more")
+
+    def remove(self, sock: socket.socket | None) -> None:
+        """The request is over."""
+        with self._lock:
+            self._open.discard(sock)
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """An answer whose body is still to be read, and the connection it comes by; `until`: when it must be over."""
+
+    url: str
+    connection: Connection
+    sock: socket.socket
+    response: http.client.HTTPResponse
+    until: float
+
+
+class BlobRoute:
+    """Thread safe. What goes wrong is Transient where another try may help, else Remote or NotFound."""
+
+    def __init__(
+        self,
+        route: Route,
+        pool: ConnectionPool,
+        digest: Digest,
+        size: int,
+        counters: LayerCounters,
+        sockets: Sockets,
+    ) -> None:
+        """`size` is the blob's, in bytes."""
+        self._route = route
+        self._endpoint = route.endpoint
+        self._options = route.session.options
+        self._auth = route.session.authenticator
+        self._pool = pool
+        self._counters = counters
+        self._sockets = sockets
+        self._size = size
+        self._scope = Scope(route.endpoint.host, route.repository, "pull")
+        self._subject = Subject(route.endpoint.host, route.repository, f"blob {digest}")
+        self._home = route.url(f"blobs/{digest}")
+        self._home_origin = urls.origin(route.endpoint)
+        self._dial = route.endpoint.dial_timeout or self._options.connect_timeout
+        own = route.endpoint.request_timeout
+        self._whole = self._options.request_timeout if own is None else own
+        self._lock = threading.Lock()
+        self._target: str | None = None
+
+    @property
+    def peer(self) -> Peer:
+        """Where the bytes come from, as far as is known."""
+        return self._peer(urls.split(self._target or self._home)[0])
+
+    @property
+    def dial(self) -> float:
+        """Seconds for a connect."""
+        return self._dial
+
+    def pieces(self, wanted: Range, deadline: float) -> Iterator[memoryview]:
+        """The bytes of the range in order, each piece valid until the next is asked for."""
+        exchange = self._ask(wanted, deadline)
+        whole = False
+        try:
+            skip, exact = self._check(exchange.response, wanted)
+            length = wanted.end - wanted.start
+            buffer = memoryview(bytearray(min(_PIECE, length)))
+            while skip:
+                skip -= self._receive(exchange, buffer[: min(skip, len(buffer))], deadline)
+            while length:
+                filled, most = 0, min(len(buffer), length)
+                while filled < most:
+                    filled += self._receive(exchange, buffer[filled:most], deadline)
+                length -= filled
+                whole = exact and length == 0
+                yield buffer[:filled]
+        except (OSError, http.client.HTTPException) as error:
+            self._forget(exchange.url)
+            raise self._broken(exchange.connection, error) from None
+        finally:
+            exchange.response.close()
+            self._over(exchange.connection, exchange.sock, keep=whole)
+
+    def _receive(self, exchange: _Exchange, view: memoryview, deadline: float) -> int:
+        """One recv's worth of body into `view`; never 0."""
+        exchange.sock.settimeout(self._timeout(self._options.span_timeout, deadline, exchange.until))
+        response = exchange.response
+        if response.chunked:
+            chunk = response.read1(len(view))
+            view[: len(chunk)] = chunk
+            count = len(chunk)
+        else:
+            count = response.fp.readinto1(view)
+        if not count:
+            raise ConnectionResetError("short body")
+        return count
+
+    def _ask(self, wanted: Range, deadline: float) -> _Exchange:
+        """The head of a 200 or 206 for this range, after authorization and redirects."""
+        authorization = self._auth.header(self._scope)
+        answers = 0
+        url = self._target or self._home
+        at_home = url == self._home
+        until = time.monotonic() + self._whole
+        for _ in range(urls.MAX_REDIRECTS + 2 + MAX_ANSWERS):  # the hops, and an expired target
+            exchange = self._timed_send(url, wanted, authorization if at_home else None, deadline, until)
+            status = exchange.response.status
+            if status in (200, 206):
+                if not at_home:
+                    self._target = url
+                return exchange
+            location = exchange.response.headers.get("Location")
+            challenge = ", ".join(exchange.response.headers.get_all("WWW-Authenticate", []))
+            later = exchange.response.headers.get("Retry-After", "")
+            body = self._discard(exchange)
+            if status in urls.REDIRECTS and location is not None:
+                url = urls.follow(url, location, self._subject)
+                at_home = at_home and urls.split(url)[0] == self._home_origin
+            elif url == self._target and status in _EXPIRED:
+                self._forget(url)
+                url, at_home = self._home, True
+            elif at_home and answers < MAX_ANSWERS and (status == 401 or (status == 403 and authorization)):
+                # ECR says 403, not 401, when a token has expired.
+                answers += 1
+                authorization = self._auth.answer(
+                    self._scope, self._home, challenge, authorization, self._endpoint
+                )
+                if authorization is None:
+                    raise failures.refused(self._subject, status, body)
+            elif is_transient(status):
+                self._forget(url)
+                error = failures.refused(self._subject, status, body)
+                raise Transient(error, parse_retry_after(later, time.time()))
+            else:
+                raise failures.refused(self._subject, status, body)
+        raise Remote(f"{self._subject}: more than {urls.MAX_REDIRECTS} redirects; check the registry")
+
+    def _timed_send(
+        self, url: str, wanted: Range, authorization: str | None, deadline: float, until: float
+    ) -> _Exchange:
+        """_send, and how long it took until the head of the answer was here, or no answer was to be had."""
+        started, operation = time.monotonic(), "remote_registry_get"
+        try:
+            exchange = self._send(url, wanted, authorization, deadline, until)
+            if exchange.response.status in urls.REDIRECTS:
+                operation = "blob_redirect"
+            return exchange
+        finally:
+            self._counters.duration(operation).observe((time.monotonic() - started) * 1000)
+
+    def _send(
+        self, url: str, wanted: Range, authorization: str | None, deadline: float, until: float
+    ) -> _Exchange:
+        origin, target = urls.split(url)
+        headers = {
+            "Range": str(wanted),
+            "Accept-Encoding": "identity",
+            "User-Agent": self._options.user_agent,
+        }
+        if origin == self._home_origin:
+            headers.update(self._endpoint.headers)
+        if authorization is not None:
+            headers["Authorization"] = authorization
+        connection, reused = self._borrow(self._peer(origin), deadline)
+        patience = self._options.head_timeout or self._options.span_timeout
+        while True:
+            sock = None
+            try:
+                if connection.sock is None:
+                    connection.connect()
+                sock = connection.sock
+                self._sockets.add(sock)
+                sock.settimeout(self._timeout(patience, deadline, until))
+                connection.ask(target, headers)
+                return _Exchange(url, connection, sock, connection.getresponse(), until)
+            except (OSError, http.client.HTTPException) as error:
+                self._sockets.remove(sock)
+                stale = reused and not isinstance(error, TimeoutError) and not self._sockets.stopped.is_set()
+                if stale:
+                    connection, reused = self._renewed(connection), False
+                    continue
+                self._pool.drop(connection)
+                self._forget(url)
+                raise self._broken(connection, error) from None
+            except BaseException:
+                self._over(connection, sock, keep=False)
+                raise
+
+    def _borrow(self, peer: Peer, deadline: float) -> tuple[Connection, bool]:
+        dial = self._timeout(self._dial, deadline)
+        try:
+            return self._pool.borrow(peer, dial, deadline, self._sockets.stopped)
+        except TimeoutError as error:
+            raise failures.unreachable(self._subject, error, peer.origin.place) from None
+
+    def _renewed(self, connection: Connection) -> Connection:
+        try:
+            return self._pool.renew(connection, self._dial)
+        except BaseException:
+            self._pool.drop(connection)
+            raise
+
+    def _broken(self, connection: Connection, error: BaseException) -> Exception:
+        return broken(self._subject, error, connection.place, connection.peer.origin.place)
+
+    def _peer(self, origin: urls.Origin) -> Peer:
+        return Peer(origin, tls_for(self._endpoint, origin) if origin.scheme == "https" else _NO_TLS)
+
+    def _check(self, response: http.client.HTTPResponse, wanted: Range) -> tuple[int, bool]:
+        """How many bytes come before the range, and whether the body ends with it. Remote for a wrong answer."""
+        headers = response.headers
+        if headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
+            raise Remote(f"{self._subject}: range is encoded unasked; check the proxy before the registry")
+        length = response.length
+        if response.status == 200:
+            if length is not None and length != self._size:
+                raise self._other_size(length)
+            if wanted.start > _SKIP:
+                raise NoRanges(
+                    f"{self._subject}: the server ignores Range requests; check the proxy before it"
+                )
+            return wanted.start, length is not None and wanted.end == self._size
+        if headers.get_content_type().startswith("multipart/"):
+            raise Remote(
+                f"{self._subject}: multipart answer to one range; check the proxy before the registry"
+            )
+        try:
+            got = parse_content_range(headers.get("Content-Range", ""))
+        except Integrity as error:
+            raise Remote(f"{self._subject}: {error}; check the proxy before the registry") from None
+        if got.total not in (None, self._size):
+            raise self._other_size(got.total)
+        right = (got.start, got.end) == (wanted.start, wanted.end)
+        if not right or length not in (None, wanted.end - wanted.start):
+            raise Remote(f"{self._subject}: answered with another range, {got}, to {wanted}; check the proxy")
+        return 0, length is not None
+
+    def _other_size(self, size: int | None) -> SociError:
+        return Remote(
+            f"{self._subject}: {size} bytes there, not the {self._size} of its descriptor; check the registry's storage"
+        )
+
+    def _timeout(self, most: float, deadline: float, until: float = float("inf")) -> float:
+        now = time.monotonic()
+        if deadline <= now:
+            raise failures.unreachable(self._subject, TimeoutError())
+        if until <= now:
+            raise TimeoutError("the request's time is over")
+        return min(most, deadline - now, until - now)
+
+    def _forget(self, url: str) -> None:
+        with self._lock:
+            if self._target == url:
+                self._target = None
+
+    def _discard(self, exchange: _Exchange) -> bytes:
+        try:
+            body = exchange.response.read(_ERROR_BODY)
+        except (OSError, http.client.HTTPException):
+            body = b""
+        over = exchange.response.isclosed()
+        exchange.response.close()
+        self._over(exchange.connection, exchange.sock, keep=over)
+        return body
+
+    def _over(self, connection: Connection, sock: socket.socket | None, *, keep: bool) -> None:
+        self._sockets.remove(sock)
+        if keep and not self._sockets.stopped.is_set():
+            self._pool.give_back(connection)
+        else:
+            self._pool.drop(connection)
