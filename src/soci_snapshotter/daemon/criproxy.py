@@ -1,0 +1,239 @@
+"""The CRI's ImageService on our socket: every call goes on to containerd, and the logins of pulls are kept in memory.
+
+kubelet is told of it with `--image-service-endpoint`. Calls of any version and any method pass byte for byte, with
+their headers, deadlines and statuses; only the requests PullImage and RemoveImage are read. Nothing is written to
+disk: a restarted daemon learns a login with the next pull.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from soci_snapshotter.containerd.calls import socket_path
+from soci_snapshotter.containerd.stubs import cri_images_pb2 as pb
+from soci_snapshotter.errors import Invalid
+from soci_snapshotter.formats import dockerconfig, reference
+from soci_snapshotter.formats.dockerconfig import Login
+from soci_snapshotter.formats.reference import Reference
+
+_log = logging.getLogger(__name__)
+
+# v1alpha2 (containerd before 1.6, kubelet before 1.26) has v1's messages, field by field.
+_SERVICES = ("/runtime.v1.ImageService/", "/runtime.v1alpha2.ImageService/")
+# kubelet's own limit of a message; containerd's is the same.
+MAX_MESSAGE = 16 << 20
+# A pull holds its thread until containerd is done, and containerd calls our snapshots service meanwhile: with threads
+# of that service it could wait for itself. As many pulls as this at once; a node's kubelet does 1 by default.
+_PULLS = 128
+_OTHERS = 16
+# Images on a node: kubelet's garbage collection keeps some hundred.
+_IMAGES = 4096
+# Logins of one image: pods of several owners may have it.
+_LOGINS = 4
+# After containerd's restart it is tried again this soon; gRPC's own patience grows to two minutes.
+_RECONNECT_MS = 2000
+# Headers that belong to one connection, not to the call.
+_OWN_HEADERS = frozenset({"user-agent", "content-type", "te"})
+
+_Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is known of one image reference; newest login first. `identity` is what PullImage answered."""
+
+    reference: Reference
+    logins: tuple[tuple[Login, str], ...] = ()  # with the server address, "" for the reference's own
+    identity: str = ""
+
+
+class CriLogins:
+    """The logins of pulls by image reference: a source of logins. Thread safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._images: OrderedDict[str, _Kept] = OrderedDict()
+
+    def logins(self, host: str, repository: str, *, fresh: bool = False) -> Iterator[Login]:
+        """Those of images of this repository, the last pulled first, for the host they were given for."""
+        del fresh
+        with self._lock:
+            found = [
+                login
+                for kept in reversed(self._images.values())
+                if kept.reference.repository == repository
+                for login, server in kept.logins
+                if dockerconfig.same_registry(server or kept.reference.host, host)
+            ]
+        yield from found
+
+    def pulling(self, request: bytes) -> tuple[str, Login] | None:
+        """Keep the login of a PullImageRequest; what `failed` and `pulled` are told then. None if it has none."""
+        try:
+            message = pb.PullImageRequest.FromString(request)
+            named = reference.parse(message.image.image)
+        except (DecodeError, Invalid):
+            return None  # containerd will say what is wrong with it
+        login = _login(message.auth)
+        if login is None:
+            return None
+        key = str(named)
+        with self._lock:
+            kept = self._images.setdefault(key, _Kept(named))
+            others = tuple(each for each in kept.logins if each[0] != login)
+            kept.logins = ((login, message.auth.server_address), *others)[:_LOGINS]
+            self._images.move_to_end(key)
+            if len(self._images) > _IMAGES:
+                self._images.popitem(last=False)
+        return key, login
+
+    def pulled(self, key: str, answer: bytes) -> None:
+        """The pull succeeded: its answer says by which identity the image may be removed."""
+        try:
+            identity = pb.PullImageResponse.FromString(answer).image_ref
+        except DecodeError:
+            return
+        with self._lock:
+            if key in self._images:
+                self._images[key].identity = identity
+
+    def failed(self, key: str, login: Login) -> None:
+        """The pull failed: perhaps the login is wrong; kubelet tries others it has."""
+        with self._lock:
+            kept = self._images.get(key)
+            if kept is not None:
+                kept.logins = tuple(each for each in kept.logins if each[0] != login)
+                if not kept.logins:
+                    del self._images[key]
+
+    def removed(self, request: bytes) -> None:
+        """The image of a RemoveImageRequest is gone, named by a reference or by its identity, and its other names."""
+        try:
+            name = pb.RemoveImageRequest.FromString(request).image.image
+        except DecodeError:
+            return
+        try:
+            key = str(reference.parse(name))
+        except Invalid:
+            key = name  # an identity
+        with self._lock:
+            kept = self._images.get(key)
+            gone = {name} if kept is None else {name, kept.identity}
+            for each in [
+                k for k, v in self._images.items() if k == key or (v.identity and v.identity in gone)
+            ]:
+                del self._images[each]
+
+
+def _login(auth: pb.AuthConfig) -> Login | None:
+    """In containerd's order (its ParseAuth); registry tokens, which it leaves out, last."""
+    if auth.username:
+        return Login(auth.username, auth.password)
+    if auth.identity_token:
+        return Login("", auth.identity_token)
+    pair = dockerconfig.decode_auth(auth.auth) if auth.auth else None
+    if pair is not None and pair[0]:
+        return Login(*pair)
+    return Login("", auth.registry_token, registry_token=True) if auth.registry_token else None
+
+
+class CriProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the stubs only
+    """Add it to a server of gRPC (add_generic_rpc_handlers). A context manager."""
+
+    def __init__(self, address: str, logins: CriLogins) -> None:
+        """`address`: containerd's socket. It need not be there yet; calls are UNAVAILABLE until it is."""
+        self._logins = logins
+        self._channel = grpc.insecure_channel(
+            "unix:" + socket_path(address),
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                ("grpc.max_send_message_length", MAX_MESSAGE),
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", _RECONNECT_MS),
+            ],
+        )
+        self._pulls = ThreadPoolExecutor(_PULLS, "cri-pull")
+        self._others = ThreadPoolExecutor(_OTHERS, "cri")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()  # ends the calls under way
+        self._pulls.shutdown()
+        self._others.shutdown()
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
+        """A handler for calls of the ImageService, whatever they are. On the wire one message is a stream of one."""
+        method = details.method
+        if not method.startswith(_SERVICES):
+            return None
+        name = method.rpartition("/")[2]
+
+        def forward(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            return self._forward(method, name, requests, context)
+
+        forward.experimental_thread_pool = self._pulls if name == "PullImage" else self._others  # type: ignore[attr-defined]
+        return grpc.stream_stream_rpc_method_handler(forward)
+
+    def _forward(
+        self, method: str, name: str, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        pull: tuple[str, Login] | None = None
+        removal = b""
+        if name in ("PullImage", "RemoveImage"):
+            first = next(requests, None)
+            if first is not None and name == "PullImage":
+                pull = self._logins.pulling(first)
+            removal = first or b""
+            requests = iter(() if first is None else (first,))
+        # Whoever subscribes here is called at once when the call is over already.
+        call: Any = self._channel.stream_stream(method, None, None)(
+            requests, timeout=context.time_remaining(), metadata=_headers(context)
+        )
+        if not context.add_callback(call.cancel):
+            call.cancel()
+        done = False
+        try:
+            answer = b""
+            for answer in call:
+                yield answer
+            context.set_trailing_metadata(_pairs(call.trailing_metadata()))
+            done = True
+            if pull is not None:
+                self._logins.pulled(pull[0], answer)
+            elif name == "RemoveImage":
+                self._logins.removed(removal)
+        except grpc.RpcError:
+            context.set_trailing_metadata(_pairs(call.trailing_metadata()))
+            context.set_code(call.code())
+            context.set_details(call.details() or "")
+        finally:
+            if not done and pull is not None:
+                self._logins.failed(*pull)
+
+
+def _headers(context: grpc.ServicerContext) -> _Metadata:
+    return tuple(
+        (key, value)
+        for key, value in _pairs(context.invocation_metadata())
+        if key not in _OWN_HEADERS and not key.startswith(("grpc-", ":"))
+    )
+
+
+def _pairs(metadata: Iterable[Any] | None) -> _Metadata:
+    return tuple((key, value) for key, value in metadata or ())
