@@ -136,7 +136,10 @@ def test_readers_survive_five_kills(run_dir: Path, tmp_path: Path) -> None:
 
 def test_the_deadline_ends_everything(run_dir: Path) -> None:
     """Without a daemon the keeper ends after its deadline; the next start is a fresh one."""
-    with keeper_client.acquire(run_dir, deadline=0.5) as connection:
+    with (
+        keeper_client.acquire(run_dir, deadline=0.5) as connection,
+        keeper_client.Watch(run_dir, connection, 0.5),
+    ):
         assert connection.fresh
         time.sleep(1)
         assert len(keepers(run_dir)) == 1

@@ -7,13 +7,18 @@ import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from soci_snapshotter import __version__
 from soci_snapshotter.daemon import config as configs
-from soci_snapshotter.daemon import logs
+from soci_snapshotter.daemon import logs, startup, systemd
+from soci_snapshotter.daemon.relay import Relay
+from soci_snapshotter.daemon.survival import Survival
 from soci_snapshotter.daemon.wiring import running
 from soci_snapshotter.errors import Config, SociError
 
@@ -21,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock"
 DEFAULT_ROOT = "/var/lib/soci-snapshotter-grpc"
+RELAYED = "grpc.sock"  # gRPC's own socket when systemd listens on the one that clients know
 SWITCH_SECONDS = (
     0.001  # a page fault waits for the interpreter at most this long behind other Python (DATA-PLANE.md)
 )
@@ -70,31 +76,67 @@ def _serve(address: str, config_path: Path, log_level: str, root: Path) -> None:
     loaded, warnings = configs.load(config_path)
     for warning in warnings:
         _log.warning(warning)
-    if not address.startswith("/"):
-        raise Config(f"--address {address}: want an absolute path of a unix socket")
+    found = systemd.inherited()
+    ours, listener = _places(address, found)
+    root = root.absolute()
     sys.setswitchinterval(SWITCH_SECONDS)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # before the first thread
+    startup.raise_descriptor_limit()
+    startup.refuse_own_mounts(root)
     docker = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
-    with running(loaded, root=root.absolute(), address=Path(address), docker_config=docker) as daemon:
-        _notify("READY=1")
-        _log.info("serving", extra={"address": address, "root": str(root), "version": __version__})
-        number = signal.sigwait({signal.SIGTERM, signal.SIGINT})
-        _notify("STOPPING=1")
-        _log.info("stopping", extra={"signal": signal.Signals(number).name})
-        if number == signal.SIGINT:
-            daemon.unmount_all()
+    aborted = threading.Event()
+
+    def abort() -> None:
+        aborted.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    survival = Survival(found, on_abort=abort)
+    with startup.owned(root):
+        startup.free_socket(ours)
+        with (
+            running(loaded, root=root, address=ours, docker_config=docker, survival=survival) as daemon,
+            _relayed(listener, ours),
+        ):
+            systemd.notify("READY=1")
+            _log.info("serving", extra={"address": address, "root": str(root), "version": __version__})
+            number = signal.sigwait({signal.SIGTERM, signal.SIGINT})
+            systemd.notify("STOPPING=1")
+            _log.info("stopping", extra={"signal": signal.Signals(number).name})
+            if number == signal.SIGINT:
+                daemon.unmount_all()
+    if aborted.is_set():
+        raise SociError(
+            "the FUSE connection was aborted: containers on lazy layers that were not complete must be restarted; "
+            "start the daemon again for new ones"
+        )
 
 
-def _notify(state: str) -> None:
-    """sd_notify(3): one datagram to $NOTIFY_SOCKET; silent without systemd."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
+def _places(address: str, found: systemd.Inherited) -> tuple[Path, socket.socket | None]:
+    """Where gRPC binds its socket, and the listener behind which it does, for `fd://`."""
+    if address.startswith("unix://"):
+        address = address.removeprefix("unix://")
+    if address.startswith("fd://"):
+        if len(found.listeners) != 1:
+            raise Config(
+                f"--address {address}: {len(found.listeners)} unix sockets were given in LISTEN_FDS, want one; start "
+                "the daemon through its .socket unit, or give --address a path"
+            )
+        name = found.listeners[0].getsockname()
+        listens = isinstance(name, str) and name.startswith("/")
+        directory = Path(name if listens else DEFAULT_ADDRESS).parent
+        return directory / RELAYED, found.listeners[0]
+    if not address.startswith("/"):
+        raise Config(f"--address {address}: want an absolute path of a unix socket, or fd://")
+    return Path(address), None
+
+
+@contextmanager
+def _relayed(listener: socket.socket | None, address: Path) -> Iterator[None]:
+    if listener is None:
+        yield
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        try:
-            channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
-        except OSError as error:
-            _log.warning("systemd was not notified", extra={"error": str(error)})
+    with Relay(listener, address):
+        yield
 
 
 def main() -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 from dataclasses import dataclass, field
 from socket import socket
 from types import TracebackType
 
 from soci_snapshotter.errors import Config, Unsupported
 from soci_snapshotter.formats import fusemsg
-from soci_snapshotter.linux import mounts
+from soci_snapshotter.linux import mounts, syscalls
 
 DEVICE = "/dev/fuse"
 
@@ -43,6 +44,18 @@ class Connection:
     def can_resend(self) -> bool:
         """Whether another process may take this connection over without losing requests (Linux 6.9)."""
         return bool(self.flags & fusemsg.Init.HAS_RESEND)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the kernel still serves it: it was not aborted."""
+        poll = select.poll()
+        poll.register(self.fuse_fd, 0)  # POLLERR comes unasked
+        return not poll.poll(0)
+
+    @property
+    def device(self) -> int:
+        """What tells the mount from every other of this boot."""
+        return syscalls.device_of(self.mount_fd)
 
     def close(self) -> None:
         """Give up the descriptors; the connection lives on if somebody else (the keeper) holds them."""
@@ -105,6 +118,25 @@ def connect() -> Connection:
     except BaseException:
         _close(fuse_fd, mount_fd)
         raise
+
+
+def abort_file(mount_fd: int) -> int | None:
+    """A close-on-exec descriptor; writing to it aborts the connection of the FUSE mount `mount_fd`, whoever holds it.
+
+    The file of that name in fusectl (Documentation/filesystems/fuse.rst), which need not be mounted. None where the
+    kernel has it not.
+    """
+    try:
+        control = mounts.detached_mount(b"fusectl", {}, 0)
+    except OSError:
+        return None
+    try:
+        name = f"{os.minor(syscalls.device_of(mount_fd))}/abort"
+        return os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=control)
+    except OSError:
+        return None
+    finally:
+        os.close(control)
 
 
 def _answer_init(fuse_fd: int) -> bytes:

@@ -68,11 +68,17 @@ class FuseServer:
     Files may be added and removed at any time, but those of a connection taken over must be there before it
     is entered: what was in flight is resent at once. Whoever calls reply() is stopped before the server is
     left. `on_release(node_id)` runs on a reader thread when the last handle known to be open on a node
-    closes: it must not block. Node ids are never given to another file: the kernel remembers them.
+    closes: it must not block. `on_abort()` runs on one when somebody aborted the connection: nothing can be served
+    on it any more. Node ids are never given to another file: the kernel remembers them.
     """
 
     def __init__(
-        self, connection: Connection, *, threads: int = 2, on_release: Callable[[int], None] | None = None
+        self,
+        connection: Connection,
+        *,
+        threads: int = 2,
+        on_release: Callable[[int], None] | None = None,
+        on_abort: Callable[[], None] | None = None,
     ) -> None:
         self._connection = connection
         self._fd = connection.fuse_fd
@@ -86,6 +92,7 @@ class FuseServer:
         """Requests that failed; a flat file's failures are its own to count."""
         self._lock = threading.Lock()  # guards _opens
         self._on_release = on_release
+        self._on_abort = on_abort
         self._ending = False
         self._threads = [
             threading.Thread(target=self._serve, name=f"fuse-{number}", daemon=True)
@@ -231,6 +238,8 @@ class FuseServer:
                     continue  # the request was taken back while being read
                 if problem.errno != errno.ENODEV:
                     _log.error("reading /dev/fuse failed", extra={"errno": problem.errno})
+                if self._on_abort is not None and not self._ending:
+                    self._on_abort()
                 return
             _, opcode, unique, node, offset, size = peek(buffer)
             if opcode == read_opcode:

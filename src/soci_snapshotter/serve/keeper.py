@@ -1,20 +1,23 @@
-"""The keeper: a tiny process that holds the FUSE descriptors, so that a killed daemon leaves readers waiting
-a moment.
+"""The keeper: a tiny process that holds FUSE descriptors, so that a killed daemon leaves readers waiting a moment.
 
-Run as `python -I -S keeper.py <listening descriptor> <run directory>`; the second argument is there to be
-seen in a process list. It imports nothing of this package and as little as it can of the library: it is
-resident for ever.
+Run as `python -I -S keeper.py <socket> <run directory> [<cgroup.procs> ...]`: the number of a bound descriptor; a word
+to be seen in a process list; control groups to move to, those of a service manager that would end it with the daemon.
+It imports nothing of this package and as little as it can of the library: it is resident for ever.
 
-Protocol (version 1), one message each way on a unix SEQPACKET socket; the first byte is the version:
+Protocol (version 2), one message each way on a unix SEQPACKET socket; the first byte is the version. A name is a byte
+of length and that many bytes: a keeper holds as many connections as there are names.
 
-    G                     -> H <INIT answer> with [/dev/fuse, mount], or N (nothing held), or B (held by a
-    live daemon) P <seconds> <answer>  with [/dev/fuse, mount] -> K      seconds: f64, how long to wait for
-    the next daemon S                     -> K; the keeper ends: the connection is aborted and readers get
-    errors
+    G <name>                              -> H <INIT answer> with [/dev/fuse, mount], or N (nothing of that name), or B
+                                             (a live daemon holds what is here)
+    P <gone> <silent> <name> <answer>     with [/dev/fuse, mount] or [/dev/fuse, mount, abort] -> K, or B
+                                             f64 seconds: how long to wait when the daemon is gone, or says nothing
+    A                                     no answer: the daemon lives
+    S                                     -> K; the keeper ends
 
-Whoever got H or K for P holds the connection until its socket closes. Then the deadline runs; when nobody
-comes, the keeper ends as well. Closing the last descriptor of /dev/fuse is what aborts a connection, and then
-it has the last.
+Whoever got H or K for P is the holder until its socket closes. The keeper waits `gone` seconds for the next one, and
+`silent` seconds for a word of the one there is (it may be stopped, or hang). Then it aborts what it holds: readers get
+errors instead of waiting for ever. `abort` is the connection's file of that name in fusectl; without it, or at S, a
+connection ends when the last descriptor of its /dev/fuse closes, whoever has that.
 """
 
 from __future__ import annotations
@@ -26,36 +29,43 @@ import struct
 import sys
 import time
 
-VERSION = b"\1"
+VERSION = b"\2"
 DEADLINE = 120.0  # seconds without a daemon; also for one that starts the keeper and never comes back
 _MAX_MESSAGE = 4096
 _DESCRIPTORS = 2
-_INTS = struct.Struct(f"{_DESCRIPTORS}i")
-_SECONDS = struct.Struct("<d")
+_INTS = struct.Struct("3i")
+_PLACE = struct.Struct("<ddB")
+_BACKLOG = 16
+_TICKS = 12  # a deadline is counted in so many parts: a machine that was paused loses one, not all
 
 
 class Keeper:
-    """What is held: descriptors, the INIT answer, who holds the connection now."""
+    """What is held, by name: descriptors and the INIT answer; and who holds it now."""
 
     def __init__(self, listener: _socket.socket) -> None:
         self.listener = listener
-        self.descriptors: tuple[int, ...] = ()
-        self.init_answer = b""
-        self.seconds = DEADLINE
+        self.held: dict[bytes, tuple[tuple[int, ...], bytes]] = {}
+        self.gone = self.silent = DEADLINE
         self.clients: dict[int, _socket.socket] = {}
         self.holder = -1  # the file number of its socket
+        self.left = _TICKS
 
     def run(self) -> None:
-        """Serve until stopped, or until the deadline passes without a daemon."""
+        """Serve until stopped, or until the deadline passes."""
         poll = select.poll()
         poll.register(self.listener.fileno(), select.POLLIN)
-        deadline = time.monotonic() + self.seconds
+        tick = time.monotonic()
         while True:
-            left = None if self.holder >= 0 else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return
-            events = poll.poll(None if left is None else int(left * 1000) + 1)
+            length = (self.gone if self.holder < 0 else self.silent) / _TICKS
+            now = time.monotonic()
+            if now - tick >= length:
+                tick = now
+                self.left -= 1
+                if self.left <= 0:
+                    self._abort()
+                    return
             # The listener last: a daemon that died and its successor may be seen at once.
+            events = poll.poll(max(tick + length - now, 0) * 1000 + 1)
             for number, _ in sorted(events, key=lambda event: event[0] == self.listener.fileno()):
                 if number == self.listener.fileno():
                     descriptor, _ = self.listener._accept()  # type: ignore[attr-defined]
@@ -72,7 +82,16 @@ class Keeper:
                 self.clients.pop(number).close()
                 if number == self.holder:
                     self.holder = -1
-                    deadline = time.monotonic() + self.seconds
+                    self.left, tick = _TICKS, time.monotonic()
+
+    def _abort(self) -> None:
+        """End the connections, also those that somebody else has descriptors of."""
+        for descriptors, _ in self.held.values():
+            for descriptor in descriptors[_DESCRIPTORS:]:
+                try:
+                    os.write(descriptor, b"1")
+                except OSError:  # ended by itself
+                    pass
 
     def _message(self, client: _socket.socket) -> bytes:
         """Answer one message; its verb, or nothing when the client is gone or talks nonsense."""
@@ -97,7 +116,15 @@ class Keeper:
                 os.close(descriptor)
         if not answer:
             return b""
-        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _INTS.pack(*passed))] if passed else []
+        if client.fileno() == self.holder:
+            self.left = _TICKS
+        if verb == b"A":
+            return verb
+        rights = (
+            [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(passed)}i", *passed))]
+            if passed
+            else []
+        )
         try:
             client.sendmsg([VERSION + answer], rights)
         except OSError:
@@ -108,30 +135,51 @@ class Keeper:
         self, verb: bytes, body: bytes, received: tuple[int, ...], client: int
     ) -> tuple[bytes, tuple[int, ...]]:
         """What to send back, and which descriptors with it; nothing for nonsense."""
-        if verb == b"S":
+        if verb in {b"S", b"A"}:
             return b"K", ()
-        if verb == b"G":
-            if self.holder >= 0:
+        foreign = self.holder not in {-1, client}
+        if verb == b"G" and body and len(body) == 1 + body[0]:
+            if foreign:
                 return b"B", ()
-            if not self.descriptors:
+            if body[1:] not in self.held:
                 return b"N", ()
+            descriptors, answer = self.held[body[1:]]
             self.holder = client
-            return b"H" + self.init_answer, self.descriptors
-        if verb == b"P" and len(received) == _DESCRIPTORS and len(body) > _SECONDS.size:
-            if self.holder >= 0 or self.descriptors:
+            return b"H" + answer, descriptors[:_DESCRIPTORS]
+        if verb == b"P" and len(received) >= _DESCRIPTORS and len(body) > _PLACE.size:
+            gone, silent, length = _PLACE.unpack_from(body)
+            name, answer = (
+                body[_PLACE.size : _PLACE.size + length],
+                body[_PLACE.size + length :],
+            )
+            if foreign or name in self.held:
                 return b"B", ()
-            (self.seconds,) = _SECONDS.unpack_from(body)
-            self.descriptors, self.init_answer, self.holder = received, body[_SECONDS.size :], client
+            self.gone, self.silent = gone, silent
+            self.held[name] = received, answer
+            self.holder = client
             return b"K", ()
         return b"", ()
 
 
 def main(arguments: list[str]) -> None:
-    """Leave the daemon's process tree and serve."""
+    """Leave the daemon's process tree and control group, and serve."""
+    for path in arguments[3:]:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            os.write(descriptor, b"0")  # the writer itself
+            os.close(descriptor)
+        except OSError:  # the daemon looks where the keeper is, and says so
+            pass
+    ready, said = os.pipe()
     if os.fork():
+        os.close(said)
+        os.read(ready, 1)
         os._exit(0)  # the daemon waits for this one; the keeper is nobody's child and no zombie of anybody's
     listener = _socket.socket(fileno=int(arguments[1]))
     os.chdir("/")
+    listener.listen(_BACKLOG)  # again: whoever connects is told the pid of the process that did it last
+    os.close(ready)
+    os.close(said)
     Keeper(listener).run()
 
 
