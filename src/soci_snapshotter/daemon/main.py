@@ -21,6 +21,7 @@ from soci_snapshotter.daemon.relay import Relay
 from soci_snapshotter.daemon.survival import Survival
 from soci_snapshotter.daemon.wiring import running
 from soci_snapshotter.errors import Config, SociError
+from soci_snapshotter.linux.malloc import give_memory_back
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def _serve(address: str, config_path: Path, log_level: str, root: Path) -> None:
     ours, listener = _places(address, found)
     root = root.absolute()
     sys.setswitchinterval(SWITCH_SECONDS)
+    give_memory_back()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # before the first thread
     startup.raise_descriptor_limit()
     startup.refuse_own_mounts(root)
