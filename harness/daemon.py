@@ -28,6 +28,10 @@ class Daemon:
     address: Path
     config: str
     log_level: str = "debug"
+    program: tuple[str, ...] = ("-m", "soci_snapshotter.daemon.main")
+    """What Python runs."""
+    source: Path = Path(__file__).parents[1] / "src"
+    """Where the package is; another build lies elsewhere."""
     process: subprocess.Popen[bytes] = field(init=False)
 
     @property
@@ -53,14 +57,14 @@ class Daemon:
         with open(self.base / "daemon.log", "ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "soci_snapshotter.daemon.main"),
+                    *(sys.executable, *self.program),
                     *("--address", str(self.address), "--root", str(self.root), "--config", str(config)),
                     *("--log-level", self.log_level),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+                env={**os.environ, "PYTHONPATH": str(self.source)},
             )
         end = time.monotonic() + _START_SECONDS
         while self.log.count('"msg": "serving"') == ready:
