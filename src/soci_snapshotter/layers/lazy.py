@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from soci_snapshotter.errors import Integrity, SociError, Unsupported
+from soci_snapshotter.errors import Integrity, NotFound, SociError, Unsupported
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import reference as references
 from soci_snapshotter.formats.digest import Digest
@@ -87,11 +87,14 @@ class Lazy:
         self._rules = rules
         self._wholes = wholes
 
-    def prepare(self, request: LazyRequest) -> LazyLayer | Declined | Failed:
-        """Mount the layer of `request`. A SociError or OSError means it could not be; nothing is left of the try."""
+    def prepare(self, request: LazyRequest, *, must: bool = False) -> LazyLayer | Declined | Failed:
+        """Mount the layer of `request`. A SociError or OSError means it could not be; nothing is left of the try.
+
+        `must`: containerd will not unpack it, so that what has no index is pulled whole.
+        """
         started = time.monotonic()
         try:
-            made = self._prepare(request)
+            made = self._prepare(request, must)
         except Exception:
             self._counters.layer("").count("fuse_mount_failure_count").add()
             raise
@@ -101,10 +104,15 @@ class Lazy:
             self._counters.mounted(request.manifest_digest, request.layer_digest, now)
         return made
 
-    def _prepare(self, request: LazyRequest) -> LazyLayer | Declined | Failed:
+    def _prepare(self, request: LazyRequest, must: bool) -> LazyLayer | Declined | Failed:
         if self._rules.primary:
             return self._whole(request, None, Way.PARALLEL, Declined("parallel_pull_unpack is enabled"))
-        index = self._index(request, references.parse(request.image_ref))
+        try:
+            index = self._index(request, references.parse(request.image_ref))
+        except NotFound:  # the one that a label names
+            if not must:
+                raise
+            index = None
         try:
             made = self._lazily(request, index)
         except (Integrity, Unsupported) as error:
@@ -120,7 +128,7 @@ class Lazy:
             )
         if isinstance(made, LazyLayer):
             return made
-        way = self._rules.without_index() if index is None else Way.LOCAL
+        way = self._rules.without_index() if index is None and not must else Way.LOCAL
         return self._whole(request, index, way, made)
 
     def _lazily(self, request: LazyRequest, index: SociIndex | None) -> LazyLayer | Declined:

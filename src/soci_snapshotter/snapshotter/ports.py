@@ -30,10 +30,11 @@ __all__ = [
 class LazyLayers(Protocol):
     """Makes, finds and drops lazy layers. Called from many threads, never under the snapshotter's lock."""
 
-    def prepare(self, request: LazyRequest) -> LazyLayer | Declined | Failed:
+    def prepare(self, request: LazyRequest, *, must: bool = False) -> LazyLayer | Declined | Failed:
         """Mount the layer. Bounded in time; a SociError means the try failed, and nothing is left of it.
 
-        Failed: containerd is not to try either.
+        Failed: containerd is not to try either. `must`: a snapshot stands for the layer already, so that containerd
+        cannot be left to unpack it.
         """
 
     def serves(self, request: LazyRequest, mount_id: int, layer_key: str) -> str | None:

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from ..errors import AlreadyExists, Integrity, NotFound, Precondition, Remote, SociError
@@ -37,6 +37,7 @@ from .ports import (
     Usage,
     Way,
 )
+from .returning import returning
 
 _log = logging.getLogger(__name__)
 
@@ -78,14 +79,16 @@ class Snapshotter:
         missed: str = "",
     ) -> None:
         """`missed`: what there is beside the root that only makes sense with rows of snapshots, if anything."""
-        self._lazy = lazy
         self._options = options or policy.Options()
         self._overlay_options = tuple(overlay_options)
         self._directories = Directories(root)
         self._mapped = MappedMounts(root)
         if not missed and (listed := self._directories.listed()):
             missed = f"{len(listed)} in {os.fsdecode(root)}/snapshots"
-        self._store = SnapshotStore(os.path.join(root, b"metadata.sqlite"), missed=missed)
+        path = os.path.join(root, b"metadata.sqlite")
+        self._store = SnapshotStore(path, missed=missed)
+        self._returning = None if lazy is None else returning(lazy, self._store, path, self._directories)
+        self._lazy = self._returning or lazy
         self._flights: Flights[_Tried] = Flights()
         self._making_lock = threading.Lock()
         self._making: set[int] = set()
@@ -187,6 +190,10 @@ class Snapshotter:
         At a stop that unmounts, and at a start on a new FUSE connection: such mounts over an older one answer nothing.
         """
         self._mapped.remove_others(())
+
+    def returning(self) -> AbstractContextManager[object]:
+        """While it lasts, lazy layers that came with a migrated root are brought back. After restore_mounts."""
+        return self._returning or nullcontext()
 
     def lazy_rows(self) -> list[tuple[int, str]]:
         """(mount id, layer key) of every lazy snapshot: the references that a restart starts from."""
