@@ -197,13 +197,6 @@ def check_credentials(path: Path) -> Finding:
             f"{path} names credential helpers that are not in PATH: {', '.join(missing)}",
             *(f"install docker-credential-{program} into /usr/local/bin" for program in missing),
         )
-    if programs:
-        # registry/credentials.py reads `auths` alone; the day it runs helpers, this goes.
-        return warning(
-            name,
-            f"{path}: this version does not run credential helpers ({', '.join(sorted(programs))})",
-            "take credHelpers and credsStore out of the file and log in again, so that it has `auths`",
-        )
     if stat.S_IMODE(os.stat(path).st_mode) & 0o077 and decoded.auths:
         return warning(name, f"{path} may be read by others", f"chmod 0600 {path}")
     return ok(name, f"{path}: {', '.join(sorted(decoded.auths)) or 'no registry'}")

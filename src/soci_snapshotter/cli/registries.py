@@ -80,6 +80,7 @@ def registry_access(flags: RegistryFlags, reference: Reference) -> RegistryAcces
         host=reference.host,
         login=_login(flags, reference.domain),
         docker_config=Path(directory) / "config.json",
+        environment=dict(os.environ),
         plain_http=flags.plain_http,
         tls=_tls(flags),
         hosts_dirs=tuple(Path(name) for given in flags.hosts_dir for name in given.split(",") if name),

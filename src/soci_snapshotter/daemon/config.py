@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,13 +215,6 @@ class Config(msgspec.Struct, frozen=True):
     snapshotter: SnapshotterConfig = SnapshotterConfig()
 
 
-# Features whose switch exists but whose part is not built: to start as if it were on would mislead.
-_NOT_YET: tuple[tuple[str, Callable[[Config], bool]], ...] = (
-    ("cri_keychain.enable_keychain", lambda c: c.cri_keychain.enable_keychain),
-    ("kubeconfig_keychain.enable_keychain", lambda c: c.kubeconfig_keychain.enable_keychain),
-)
-
-
 def load(path: Path) -> tuple[Config, list[str]]:
     """Read `path`; a missing file gives the defaults only at DEFAULT_PATH.
 
@@ -252,9 +245,7 @@ def parse(raw: bytes, name: str) -> tuple[Config, list[str]]:
     except msgspec.ValidationError as error:
         raise ConfigError(f"{name}: {_spoken(str(error))}") from None
     _check(config, name)
-    warnings = [f"{name}: unknown key {key}" for key in _unknown(tree, Config)]
-    warnings += [f"{name}: {key} has no effect in this version" for key, used in _NOT_YET if used(config)]
-    return config, warnings
+    return config, [f"{name}: unknown key {key}" for key in _unknown(tree, Config)]
 
 
 def dump(config: Config) -> bytes:

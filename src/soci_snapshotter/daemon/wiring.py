@@ -16,8 +16,10 @@ import grpc
 
 from soci_snapshotter.containerd.stubs.snapshots_pb2_grpc import add_SnapshotsServicer_to_server
 from soci_snapshotter.daemon.config import Config
+from soci_snapshotter.daemon.criproxy import MAX_MESSAGE
 from soci_snapshotter.daemon.fetching import background_rules, eager_rules, flight_limit
 from soci_snapshotter.daemon.introspection import Parts, introspection
+from soci_snapshotter.daemon.keychains import Keychains, keychains
 from soci_snapshotter.daemon.registries import registry_hosts, registry_options
 from soci_snapshotter.daemon.snapshots_service import SnapshotsService
 from soci_snapshotter.daemon.survival import Survival
@@ -49,7 +51,6 @@ from soci_snapshotter.policy.counters import Counters
 from soci_snapshotter.policy.eager import Eager
 from soci_snapshotter.policy.prepare import Options as PrepareOptions
 from soci_snapshotter.registry.client import RegistryClient
-from soci_snapshotter.registry.credentials import DockerConfig
 from soci_snapshotter.registry.pool import ConnectionPool
 from soci_snapshotter.registry.ranges import BlobReader
 from soci_snapshotter.serve.flatfiles import FuseServer
@@ -104,7 +105,8 @@ def running(
         stack.callback(lambda: survival.let_go() if pool.idle else None)
         fresh = connection.fresh  # entering the server does not change what it was
         content = ContentStore(root / "content")
-        client, connections = stack.enter_context(_registries(config, docker_config))
+        logins = stack.enter_context(keychains(config, docker_config))
+        client, connections = stack.enter_context(_registries(config, logins))
         workers = stack.enter_context(MetaWorkers(META_WORKERS))
         images = Images(client)
         free = FreeIndexes(root, content, images, span_size=DEFAULT_SPAN_SIZE, build_tool=BUILD_TOOL)
@@ -180,15 +182,15 @@ def running(
             },
         )
         stack.enter_context(introspection(config, parts, address.parent))
-        stack.enter_context(_serving(snapshotter, address, lazy.give_up))
+        stack.enter_context(_serving(snapshotter, address, lazy.give_up, logins))
         yield Daemon(layers, snapshotter, mounter, survival)
 
 
 @contextmanager
-def _registries(config: Config, docker_config: Path) -> Iterator[tuple[RegistryClient, ConnectionPool]]:
+def _registries(config: Config, logins: Keychains) -> Iterator[tuple[RegistryClient, ConnectionPool]]:
     options = registry_options(config, os.environ)
     with (
-        RegistryClient(options, DockerConfig(docker_config), registry_hosts(config, options)) as client,
+        RegistryClient(options, logins.keychain, registry_hosts(config, options)) as client,
         ConnectionPool(options) as connections,
     ):
         yield client, connections
@@ -268,15 +270,19 @@ def _resolver(config: Config, client: RegistryClient, counters: Counters) -> Ind
 
 
 @contextmanager
-def _serving(snapshotter: Snapshotter, address: Path, stopping: Callable[[], None]) -> Iterator[None]:
+def _serving(
+    snapshotter: Snapshotter, address: Path, stopping: Callable[[], None], logins: Keychains
+) -> Iterator[None]:
     """gRPC on the unix socket `address`; a socket left by a dead daemon is replaced (the keeper allows one daemon).
 
     `stopping` ends calls that may take long.
     """
     address.unlink(missing_ok=True)
     with snapshotter.returning(), ThreadPoolExecutor(RPC_THREADS, "rpc") as pool:
-        server = grpc.server(pool)
+        server = grpc.server(pool, options=[("grpc.max_receive_message_length", MAX_MESSAGE)])
         add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
+        if logins.cri is not None:
+            server.add_generic_rpc_handlers((logins.cri,))
         server.add_insecure_port(f"unix:{address}")
         server.start()
         os.chmod(address, 0o600)

@@ -3,7 +3,7 @@ open a client of its own from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from soci_snapshotter.formats.hosts import Endpoint, Tls
 from soci_snapshotter.registry.certsd import CertsDirectories
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.registry.credentials import DockerConfig
+from soci_snapshotter.registry.credhelpers import Helpers
 from soci_snapshotter.registry.options import Options
 from soci_snapshotter.registry.proxies import Proxies
 from soci_snapshotter.registry.urls import speaks_http
@@ -26,6 +27,8 @@ class RegistryAccess:
     """User name and password, or "" and an identity token; without it, `docker_config` is asked."""
     docker_config: Path | None = None
     """Docker's config.json; None or a missing file means anonymous."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """For the credential helpers that it names; they are found by PATH."""
     plain_http: bool = False
     """Speak http; without it, only to loopback. With skip_verify: https, and http where there is no TLS."""
     tls: Tls = field(default_factory=Tls)
@@ -68,7 +71,9 @@ class RegistryAccess:
         """Of a host of the registry. The one login is for the registry, also where hosts.toml names its server."""
         login = self.login
         if login is None:
-            return DockerConfig(self.docker_config) if self.docker_config is not None else _anonymous
+            if self.docker_config is None:
+                return _anonymous
+            return DockerConfig(self.docker_config, Helpers(self.environment))
 
         def own(host: str) -> tuple[str, str] | None:
             return login if host in (self.host, hosts(self.host)[-1].host) else None
