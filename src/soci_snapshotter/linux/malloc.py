@@ -21,4 +21,5 @@ def give_memory_back() -> bool:
     except AttributeError:  # musl gives back by itself
         return False
     settings = ((_MMAP_THRESHOLD, _WHOLE_PAGES), (_TRIM_THRESHOLD, _WHOLE_PAGES), (_ARENA_MAX, _ARENAS))
-    return all([option(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in settings])
+    done = [option(ctypes.c_int(name), ctypes.c_int(value)) for name, value in settings]  # all of them
+    return done == [1, 1, 1]
