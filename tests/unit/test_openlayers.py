@@ -64,7 +64,9 @@ class Mounter:
     table: dict[Path, bytes] = field(default_factory=dict)
 
     def mount(self, meta: Path, device: bytes, target: Path) -> None:
-        assert meta.exists() and target.is_dir()
+        assert target.is_dir()
+        if meta.read_bytes()[1024:1028] != b"\xe2\xe1\xf5\xe0":
+            raise OSError(errno.EINVAL, "not an EROFS image")
         assert target not in self.table, "mounted over a mount"
         self.table[target] = device
 
@@ -134,6 +136,7 @@ class World:
     mounter: Mounter = field(default_factory=Mounter)
     book: Book = field(default_factory=Book)
     quota: int = 0
+    expect_lost: bool = False
     boot: bytes = b"a" * 36
     stack: ExitStack = field(default_factory=ExitStack)
     layers: OpenLayers = field(init=False)
@@ -158,7 +161,7 @@ class World:
         self.layers.restore_files(fresh=fresh)
         self.layers.attach(self.book)
         rows = [(number, str(self.keys[number])) for number, _ in self.book.rows]
-        self.layers.restore_mounts(rows, fresh=fresh)
+        self.layers.restore_mounts(rows, fresh=fresh, expect_lost=self.expect_lost)
 
     def stop(self) -> None:
         self.stack.close()
