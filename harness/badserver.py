@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 
@@ -24,6 +25,11 @@ class Asked:
 Answer = Callable[[Asked], bytes | None]
 """Raw bytes to send before the connection closes; None: say nothing until the client gives up."""
 
+
+class Stalled(bytes):
+    """Bytes to send, and then nothing more until the client gives up."""
+
+
 Cut = Callable[[Asked], int | None]
 """Of a request whose body is still to come: break the connection after so many bytes of it; None: read all of it."""
 
@@ -34,6 +40,8 @@ class BadServer:
 
     host: str
     asked: list[Asked] = field(default_factory=list)
+    resumed: list[bool] = field(default_factory=list)
+    """Of each connection by TLS: whether it took up an earlier one's session."""
 
 
 def reply(status: str, body: bytes = b"", **headers: str) -> bytes:
@@ -44,7 +52,9 @@ def reply(status: str, body: bytes = b"", **headers: str) -> bytes:
 
 
 @contextmanager
-def bad_server(answer: Answer, cut: Cut = lambda _: None) -> Iterator[BadServer]:
+def bad_server(
+    answer: Answer, cut: Cut = lambda _: None, *, tls: ssl.SSLContext | None = None
+) -> Iterator[BadServer]:
     """Serve on loopback until the block is left. What came of a body that was `cut` is answered, unheard."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = BadServer(f"127.0.0.1:{listener.getsockname()[1]}")
@@ -55,7 +65,7 @@ def bad_server(answer: Answer, cut: Cut = lambda _: None) -> Iterator[BadServer]
                 with suppress(OSError):
                     connection, _ = listener.accept()
                     threading.Thread(
-                        target=_serve, args=(connection, server, answer, cut, ending), daemon=True
+                        target=_serve, args=(connection, server, answer, cut, ending, tls), daemon=True
                     ).start()
 
         thread = threading.Thread(target=accept, daemon=True)
@@ -70,10 +80,21 @@ def bad_server(answer: Answer, cut: Cut = lambda _: None) -> Iterator[BadServer]
 
 
 def _serve(
-    connection: socket.socket, server: BadServer, answer: Answer, cut: Cut, ending: threading.Event
+    connection: socket.socket,
+    server: BadServer,
+    answer: Answer,
+    cut: Cut,
+    ending: threading.Event,
+    tls: ssl.SSLContext | None,
 ) -> None:
-    with connection, suppress(OSError):
+    with ExitStack() as stack:
+        stack.callback(connection.close)
+        stack.enter_context(suppress(OSError))
         connection.settimeout(30)
+        if tls is not None:
+            secured = stack.enter_context(tls.wrap_socket(connection, server_side=True))
+            server.resumed.append(bool(secured.session_reused))
+            connection = secured
         head = b""
         while b"\r\n\r\n" not in head:
             piece = connection.recv(65536)
@@ -99,3 +120,5 @@ def _serve(
             ending.wait(30)
         else:
             connection.sendall(said)
+            if isinstance(said, Stalled):
+                ending.wait(30)

@@ -244,7 +244,9 @@ class BlobRoute:
                 self._sockets.add(sock)
                 sock.settimeout(self._timeout(patience, deadline, until))
                 connection.ask(target, headers)
-                return _Exchange(url, connection, sock, connection.getresponse(), until)
+                response = connection.getresponse()
+                self._pool.answered(connection)
+                return _Exchange(url, connection, sock, response, until)
             except (OSError, http.client.HTTPException) as error:
                 self._sockets.remove(sock)
                 stale = reused and not isinstance(error, TimeoutError) and not self._sockets.stopped.is_set()

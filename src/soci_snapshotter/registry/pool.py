@@ -57,8 +57,8 @@ class Connection(http.client.HTTPConnection):
         super().__init__(peer.origin.host, peer.origin.port, timeout=timeout)
         self.peer = peer
         self.context = context
-        self.remembered = False
-        """Its TLS session was kept."""
+        self.secured: ssl.SSLSocket | None = None
+        """By TLS, and its session was not kept yet."""
         self._session = session
         self._proxy = proxy
         self._proxy_context = proxy_context
@@ -87,6 +87,7 @@ class Connection(http.client.HTTPConnection):
             sock.close()
             raise
         self.sock = sock
+        self.secured = sock if isinstance(sock, ssl.SSLSocket) else None
 
     def ask(self, target: str, headers: dict[str, str]) -> None:
         """Send a GET for `target` (path and query)."""
@@ -196,7 +197,6 @@ class ConnectionPool:
 
     def give_back(self, connection: Connection) -> None:
         """Keep a borrowed connection whose last answer was read to its end."""
-        self._remember_session(connection)
         now = time.monotonic()
         with self._changed:
             held = self._held[connection.peer]
@@ -208,6 +208,21 @@ class ConnectionPool:
             self._changed.notify_all()
         for each in stale if keep else (*stale, connection):
             each.close()
+
+    def answered(self, connection: Connection) -> None:
+        """The head of an answer came: with TLS 1.3 the session, which the next connection takes up, comes before it."""
+        sock, context = connection.secured, connection.context
+        if sock is None or context is None:
+            return
+        connection.secured = None
+        session = sock.session
+        if session is None or not session.has_ticket:
+            return
+        with self._changed:
+            self._sessions[connection.peer] = context, session
+            self._sessions.move_to_end(connection.peer)
+            while len(self._sessions) > _SESSIONS:
+                self._sessions.popitem(last=False)
 
     def drop(self, connection: Connection) -> None:
         """Close a borrowed connection."""
@@ -280,18 +295,3 @@ class ConnectionPool:
             proxy=proxy,
             proxy_context=self._contexts.get(self._options.tls.without_client()) if by_tls else None,
         )
-
-    def _remember_session(self, connection: Connection) -> None:
-        """Of a connection's first answer: with TLS 1.3 the session comes behind the handshake."""
-        sock, context = connection.sock, connection.context
-        if context is None or not isinstance(sock, ssl.SSLSocket) or connection.remembered:
-            return
-        session = sock.session
-        if session is None or not session.has_ticket:
-            return
-        connection.remembered = True
-        with self._changed:
-            self._sessions[connection.peer] = context, session
-            self._sessions.move_to_end(connection.peer)
-            while len(self._sessions) > _SESSIONS:
-                self._sessions.popitem(last=False)
