@@ -287,6 +287,28 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_a_whole_layer_is_read_at_once_until_the_disk_loses_a_mark(bench: Bench) -> None:
+    """All spans here: every read has its bytes; a write-back that fails makes readers of what it lost wait for it."""
+    bench.source.gate.set()
+    bench.reader.fetch_ahead(range(len(bench.spans)))
+    until(lambda: bench.reader._whole == 0)
+    padded = TAR + bytes(1024)
+    for offset in range(0, bench.reader.size, 300_001):
+        assert (
+            bench.reader.read(1, offset, 70_000)
+            == padded[offset : offset + 70_000][: bench.reader.size - offset]
+        )
+    assert bench.reader.read(1, bench.reader.size, 1) == b""
+    start = bench.spans.uncompressed_range(3)[0]
+    bench.files.epoch += 1
+    bench.files.live[3] = 0
+    os.pwrite(bench.files.fd, bytes(1000), start)
+    assert bench.reader.read(2, start, 1000) is None
+    bench.kernel.wait(1)
+    assert bench.kernel.answers[2] == TAR[start : start + 1000]
+    until(lambda: bench.reader._whole == 1)
+
+
 def test_files_close_behind_the_last_flight(bench: Bench) -> None:
     """A layer dropped while a flight is under way: nothing is closed before it ended, and no flight starts after."""
     closed = threading.Event()

@@ -85,6 +85,8 @@ class LayerReader:
         self._parking = Parking(name, files.fd, replies, counters.reads)
         self._on_complete = on_complete
         self._told = -1  # the epoch that on_complete was called in
+        self._whole = -1  # the epoch in which every span was here
+        self._end = spans.uncompressed_range(len(spans) - 1)[1] if len(spans) else 0
         self._flights = Flights(
             name=name,
             spans=spans,
@@ -108,6 +110,8 @@ class LayerReader:
         self._watched = self._ahead.watched
         self.touched = time.monotonic()
         """When somebody last had to wait, or the layer was opened (time.monotonic())."""
+        if files.live.find(0) < 0:
+            self._whole = files.epoch
 
     @property
     def source(self) -> RangeSource:
@@ -132,6 +136,12 @@ class LayerReader:
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
+        epoch = self._files.epoch
+        if self._whole == epoch and offset < self._end:  # looking spans up takes as long as reading them
+            data = self._steady(epoch, offset, size)
+            if data is not None:
+                self._reads.answered(time.monotonic_ns() - started, size)
+                return data
         wanted = self._spans.spans_for(offset, size)
         if not wanted:
             return bytes(size)  # between the tar's end and its block's: no span, zeros
@@ -154,6 +164,10 @@ class LayerReader:
         epoch = self._files.epoch
         if not self._files.has(wanted.start, wanted.stop - 1):
             return None
+        return self._steady(epoch, offset, size)
+
+    def _steady(self, epoch: int, offset: int, size: int) -> bytes | None:
+        """The bytes, which were here in `epoch`, unless that is over."""
         try:
             data = os.pread(self._fd, size, offset)
         except OSError:
@@ -224,10 +238,13 @@ class LayerReader:
 
     def _tell(self) -> None:
         """Call on_complete if nothing is missing any more."""
-        if self._on_complete is None or self._files.live.find(0) >= 0:
+        epoch = self._files.epoch  # before the marks are looked at: it rises before they go
+        if self._files.live.find(0) >= 0:
+            return
+        self._whole = epoch
+        if self._on_complete is None:
             return
         with self._flights.lock:
-            epoch = self._files.epoch
             if self._told == epoch:
                 return
             self._told = epoch
