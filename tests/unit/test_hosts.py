@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from soci_snapshotter.errors import Config
 from soci_snapshotter.formats import hosts
-from soci_snapshotter.formats.hosts import Capability, Endpoint, Tls
+from soci_snapshotter.formats.hosts import Capability, Endpoint, Tls, mirror
 from soci_snapshotter.registry.certsd import CertsDirectories
 
 HUB = Endpoint("https", "registry-1.docker.io")
@@ -203,3 +203,35 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.test" / "hosts.toml").mkdir(parents=True)
     with pytest.raises(Config, match=r"hosts\.toml"):
         CertsDirectories([tmp_path], lambda host: Endpoint("https", host))("r.test")
+
+
+def test_a_file_that_is_being_edited_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read before goes on to count while the file is broken, and what is in it when it is whole again."""
+    now = [0.0]
+    monkeypatch.setattr("soci_snapshotter.registry.certsd.time.monotonic", lambda: now[0])
+    file = tmp_path / "r.test" / "hosts.toml"
+    file.parent.mkdir()
+    found = CertsDirectories([tmp_path], lambda host: Endpoint("https", host))
+    for text, expected in (
+        ('server = "https://one.test"', "one.test"),
+        ('server = "https://tw', "one.test"),
+        ('server = "https://two.test"', "two.test"),
+    ):
+        file.write_text(text)
+        assert [each.host for each in found("r.test")] == [expected]
+        now[0] += 11
+
+
+def test_mirrors_of_config_toml() -> None:
+    """Host, port, scheme and namespace; never a place to push to; the registry's client certificate is not shown."""
+    own = Endpoint("https", "registry-1.docker.io", tls=Tls(("ca",), (("c", "k"),)))
+    made = mirror("m.test:5000", own, insecure=True, request_timeout=7.0)
+    assert (made.scheme, made.host, made.path) == ("http", "m.test:5000", "/v2")
+    assert (made.namespace, made.request_timeout, made.tls) == ("docker.io", 7.0, Tls(("ca",)))
+    assert Capability.PUSH not in made.capabilities
+    assert mirror("https://m.test/hub", own, insecure=True, request_timeout=None).path == "/hub/v2"
+    assert mirror("m.test", own, insecure=False, request_timeout=None).scheme == "https"
+    for wrong in ("", "a b", "u:p@m.test", "u:p@m.test:0", "m.test:0", "m.test/?x=1"):
+        with pytest.raises(Config, match="mirror") as caught:
+            mirror(wrong, own, insecure=False, request_timeout=None)
+        assert "u:p" not in str(caught.value)

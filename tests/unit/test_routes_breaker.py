@@ -68,7 +68,7 @@ def order(client: RegistryClient) -> list[str]:
 
 
 def test_mirrors_that_failed_are_asked_behind_the_registry(client: RegistryClient) -> None:
-    """In order as long as all is well; one that failed is last; one that lacks something is not moved, nor the registry."""
+    """In order as long as all is well; one that failed is last; one that lacks something, or the registry, is not."""
     assert order(client) == ["one", "two", "home"]
     one, two, home = client.router.routes(REPO, Capability.PULL)
     client.router.blame(two, NotFound("x"))

@@ -16,6 +16,8 @@ import msgspec
 
 from soci_snapshotter.errors import Config as ConfigError
 from soci_snapshotter.errors import Invalid
+from soci_snapshotter.formats import hosts
+from soci_snapshotter.formats.hosts import Endpoint
 from soci_snapshotter.policy.eager import ALGORITHMS, parse_size
 
 DEFAULT_PATH = Path("/etc/soci-snapshotter-grpc/config.toml")
@@ -271,8 +273,12 @@ def _check_resolver(config: Config, name: str) -> None:
     for host, said in config.resolver.host.items():
         for number, mirror in enumerate(said.mirrors):
             key = f"resolver.host.{host!r}.mirrors[{number}].host"
-            if not mirror.host:
-                raise ConfigError(f"{name}: {key}: is missing; name the mirror's host[:port]")
+            try:
+                hosts.mirror(
+                    mirror.host, Endpoint("https", host), insecure=mirror.insecure, request_timeout=None
+                )
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {key}: {error}") from None
     for directory in config.resolver.config_path.split(":"):
         if directory and not os.path.isabs(directory):
             raise ConfigError(f"{name}: resolver.config_path = {directory!r}: must be absolute paths")

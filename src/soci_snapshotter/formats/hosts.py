@@ -125,7 +125,7 @@ def mirror(name: str, default: Endpoint, *, insecure: bool, request_timeout: flo
 
     A URL with a path, as in hosts.toml, will do, too. It is pulled from only. Raises Config naming it.
     """
-    reader = _Reader(f"mirror {name[:200]!r}", "")
+    reader = _Reader(f"mirror {name.rpartition('@')[2][:200]!r}", "")
     scheme = "" if "://" in name else "http://" if insecure else "https://"
     place = reader.endpoint(scheme + name, {}, replace(default, tls=default.tls.without_client()))
     return replace(
@@ -208,7 +208,8 @@ class _Reader:
         except ValueError:
             usable = False
         if not usable or not _URL.fullmatch(full) or parts.query or parts.fragment:
-            raise self.wrong(f"{url[:200]!r}", "want http[s]://host[:port][/path]")
+            shown = url.rpartition("@")[2][:200]  # no password
+            raise self.wrong(f"{shown!r}", "want http[s]://host[:port][/path]")
         if parts.username is not None or parts.password is not None:
             raise self.wrong("host or server", "has a user name or password in its URL; log in instead")
         path = "/" + posixpath.normpath("/" + parts.path).lstrip("/")
