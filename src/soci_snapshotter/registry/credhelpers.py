@@ -104,6 +104,7 @@ def _run(program: str, text: bytes, environment: Mapping[str, str], timeout: flo
     end = time.monotonic() + timeout
     process = subprocess.Popen(
         [program, "get"],
+        bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -114,9 +115,8 @@ def _run(program: str, text: bytes, environment: Mapping[str, str], timeout: flo
     try:
         assert process.stdin is not None  # noqa: S101 - for mypy: both are pipes
         assert process.stdout is not None  # noqa: S101
-        with process.stdin, contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # it need not read what it is asked
             process.stdin.write(text)  # far less than a pipe holds
-            process.stdin.flush()
         output = _read(process.stdout.fileno(), end)
         if len(output) > _OUTPUT:
             return 0, output
