@@ -84,9 +84,7 @@ class Returning:
 
     def prepare(self, request: LazyRequest, *, must: bool = False) -> LazyLayer | Declined | Failed:
         """Make a layer; those below it return first."""
-        for lower in reversed(request.parent_chain):
-            if isinstance(lower, LazyLower):
-                self._number(lower.mount_id)
+        self._below(request)
         chain = tuple(self._settled(lower) for lower in request.parent_chain)
         return self._lazy.prepare(replace(request, parent_chain=chain), must=must)
 
@@ -130,6 +128,12 @@ class Returning:
     def _number(self, mount_id: int) -> int:
         return mount_id if snapshot_of(mount_id) is None else self._wait(mount_id).mount_id
 
+    def _below(self, request: LazyRequest) -> None:
+        """Have the layers below return, bottom first."""
+        for lower in reversed(request.parent_chain):
+            if isinstance(lower, LazyLower):
+                self._number(lower.mount_id)
+
     def _settled(self, lower: Lower) -> Lower:
         return LazyLower(self._number(lower.mount_id)) if isinstance(lower, LazyLower) else lower
 
@@ -140,7 +144,8 @@ class Returning:
             return flight.result(WAIT_SECONDS)
         except TimeoutError:
             raise Remote(
-                "a lazy layer of the Go daemon's is still returning; the log says what of: try again"
+                f"snapshot {self._key(-mount_id)!r}, lazy under the Go daemon, is still returning: try again, or see why "
+                "its registry is slow"
             ) from None
 
     def _flight(self, mount_id: int) -> Future[LazyLayer]:
@@ -181,11 +186,12 @@ class Returning:
     # -- one layer -----------------------------------------------------------------------------------------------
 
     def _bring(self, snapshot_id: int) -> LazyLayer:
-        key = next((row.key for row in self._rows.all() if row.id == snapshot_id), None)
+        key = self._key(snapshot_id)
         if key is None:
             raise NotFound(f"snapshot {snapshot_id} was removed meanwhile")
         row = self._store.get(key)
         request = self._request(key, row.parent, row.labels)
+        self._below(request)  # a failure there speaks for itself
         what = f"layer {request.layer_digest} of {request.image_ref}, lazy under the Go daemon"
         try:
             made = self.prepare(request, must=True)
@@ -201,6 +207,9 @@ class Returning:
         self._lazy.committed(made.mount_id)
         _log.info("lazy layer returned", extra={"layer": request.layer_digest, "image": request.image_ref})
         return made
+
+    def _key(self, snapshot_id: int) -> str | None:
+        return next((row.key for row in self._rows.all() if row.id == snapshot_id), None)
 
     def _request(self, key: str, parent: str, labels: dict[str, str]) -> LazyRequest:
         """What the Go daemon was asked, by the labels it kept."""

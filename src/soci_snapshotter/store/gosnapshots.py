@@ -21,7 +21,7 @@ import msgspec
 
 from ..errors import AlreadyExists, Integrity
 from ..formats import bbolt
-from ..formats.bbolt import Bucket
+from ..formats.bbolt import Bucket, Database
 from ..policy.lazy import Usage
 from ..policy.prepare import REMOTE, TARGET
 from . import pending
@@ -67,8 +67,12 @@ class GoSnapshots:
 
 
 def decode(data: bytes) -> GoSnapshots:
-    """The rows in the bytes of a metadata.db. Raises Integrity, naming the row."""
-    database = bbolt.read(data)
+    """The rows in the bytes of a metadata.db. Raises Integrity, naming the page or the row."""
+    return rows_of(bbolt.read(data))
+
+
+def rows_of(database: Database) -> GoSnapshots:
+    """The rows in a database. Raises Integrity, naming the row."""
     version = database.root.bucket(b"v1")
     snapshots = version.bucket(b"snapshots") if version is not None else None
     if snapshots is None:
