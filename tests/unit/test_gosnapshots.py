@@ -442,7 +442,7 @@ def test_mounts_bring_layers_back_at_once(tmp_path: Path) -> None:
 
 
 def test_the_registry_is_away(tmp_path: Path) -> None:
-    """What needs no lazy layer works; the rest is UNAVAILABLE, in one line that names layer and image, till it is back."""
+    """What needs no lazy layer works; the rest is UNAVAILABLE, in one line that names layer and image, until then."""
     layers = Layers(failing=Remote("registry.example: connection refused"))
     layers.gate.set()
     with _migrated(tmp_path, layers) as snapshotter, snapshotter.returning():

@@ -84,7 +84,7 @@ class Returning:
 
     def prepare(self, request: LazyRequest, *, must: bool = False) -> LazyLayer | Declined | Failed:
         """Make a layer; those below it return first."""
-        self._below(request)
+        self._below(request, WAIT_SECONDS)
         chain = tuple(self._settled(lower) for lower in request.parent_chain)
         return self._lazy.prepare(replace(request, parent_chain=chain), must=must)
 
@@ -93,7 +93,7 @@ class Returning:
         if snapshot_of(mount_id) is None:
             return self._lazy.serves(request, mount_id, layer_key)
         try:
-            back = self._wait(mount_id)
+            back = self._wait(mount_id, WAIT_SECONDS)
         except SociError as error:
             return str(error)
         return self._lazy.serves(request, back.mount_id, back.layer_key)
@@ -126,25 +126,25 @@ class Returning:
     # -- who waits -----------------------------------------------------------------------------------------------
 
     def _number(self, mount_id: int) -> int:
-        return mount_id if snapshot_of(mount_id) is None else self._wait(mount_id).mount_id
+        return mount_id if snapshot_of(mount_id) is None else self._wait(mount_id, WAIT_SECONDS).mount_id
 
-    def _below(self, request: LazyRequest) -> None:
+    def _below(self, request: LazyRequest, seconds: float | None) -> None:
         """Have the layers below return, bottom first."""
         for lower in reversed(request.parent_chain):
-            if isinstance(lower, LazyLower):
-                self._number(lower.mount_id)
+            if isinstance(lower, LazyLower) and snapshot_of(lower.mount_id) is not None:
+                self._wait(lower.mount_id, seconds)
 
     def _settled(self, lower: Lower) -> Lower:
         return LazyLower(self._number(lower.mount_id)) if isinstance(lower, LazyLower) else lower
 
-    def _wait(self, mount_id: int) -> LazyLayer:
+    def _wait(self, mount_id: int, seconds: float | None) -> LazyLayer:
         """The layer of a pending row. Raises Remote when it does not return in time."""
         flight = self._flight(mount_id)
         try:
-            return flight.result(WAIT_SECONDS)
+            return flight.result(seconds)
         except TimeoutError:
             raise Remote(
-                f"snapshot {self._key(-mount_id)!r}, lazy under the Go daemon, is still returning: try again, or see why "
+                f"snapshot {self._key(-mount_id) or -mount_id!r}, lazy under the Go daemon, is still returning: try again, or see why "
                 "its registry is slow"
             ) from None
 
@@ -191,7 +191,7 @@ class Returning:
             raise NotFound(f"snapshot {snapshot_id} was removed meanwhile")
         row = self._store.get(key)
         request = self._request(key, row.parent, row.labels)
-        self._below(request)  # a failure there speaks for itself
+        self._below(request, None)  # a failure there speaks for itself
         what = f"layer {request.layer_digest} of {request.image_ref}, lazy under the Go daemon"
         try:
             made = self.prepare(request, must=True)
