@@ -143,9 +143,9 @@ class Returning:
         try:
             return flight.result(seconds)
         except TimeoutError:
+            key = self._key(-mount_id) or str(-mount_id)
             raise Remote(
-                f"snapshot {self._key(-mount_id) or -mount_id!r}, lazy under the Go daemon, is still returning: try again, or see why "
-                "its registry is slow"
+                f"snapshot {key!r}, lazy under the Go daemon, is still returning: try again, or see why its registry is slow"
             ) from None
 
     def _flight(self, mount_id: int) -> Future[LazyLayer]:
