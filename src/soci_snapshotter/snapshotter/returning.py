@@ -145,7 +145,7 @@ class Returning:
         except TimeoutError:
             key = self._key(-mount_id) or str(-mount_id)
             raise Remote(
-                f"snapshot {key!r}, lazy under the Go daemon, is still returning: try again, or see why its registry is slow"
+                f"snapshot {key!r}, lazy under the Go daemon, is still returning: try again; is its registry slow?"
             ) from None
 
     def _flight(self, mount_id: int) -> Future[LazyLayer]:
