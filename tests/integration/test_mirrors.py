@@ -153,6 +153,55 @@ def test_nobody_has_it() -> None:
         get(reader)
 
 
+@pytest.mark.parametrize("answer", [reply("404 Not Found"), reply("200 OK", BLOB)], ids=["404", "whole only"])
+def test_a_mirror_without_the_blob_is_asked_once_for_it(answer: bytes) -> None:
+    """One that has not got it, or gives it whole only: its next spans come from the registry; manifests as before."""
+    far = Descriptor("application/x", DIGEST, len(BLOB))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        bad_server(lambda _: answer) as bad,
+        bad_server(lambda asked: piece(asked) if "range" in asked.headers else reply("200 OK", BLOB)) as home,
+        reading(mirror(bad), Endpoint("http", home.host)) as (reader, client),
+    ):
+        patch.setattr("soci_snapshotter.registry.blobroute._SKIP", 10)
+        for _ in range(3):
+            assert get(reader) == BLOB[100:5000]
+        assert len(bad.asked) == 1
+        assert len(home.asked) == 3
+        client.fetch(REPO, far, len(BLOB))
+        assert len(bad.asked) == 2
+
+
+def test_failures_leave_no_connection_taken() -> None:
+    """One connection allowed, and every way to fail: the request after it still finds it free."""
+    answers: list[bytes | None] = [
+        b"no http\r\n\r\n",
+        reply("401 Unauthorized", WWW_Authenticate='Basic realm="x"'),
+        reply("403 Forbidden"),
+        reply("302 Found", Location="http://127.0.0.1:1/x"),
+        reply("302 Found", Location="ftp://x"),
+        reply("206 Partial", b"x", Content_Range="bytes 7-7/9"),
+        reply("206 Partial", b"x" * 4900, Content_Range=f"bytes 100-4999/{len(BLOB)}")[:-100],
+        reply("503 Later", b"x" * 100_000),
+        reply("200 OK", BLOB, Content_Encoding="gzip"),
+        None,
+        b"",
+    ]
+    options = Options(retry=Retry(attempts=0), span_timeout=0.3, connections=1)
+    with (
+        bad_server(
+            lambda asked: answers[asked.number] if asked.number < len(answers) else piece(asked)
+        ) as home,
+        reading(Endpoint("http", home.host), options=options) as (reader, _),
+    ):
+        for _ in answers:
+            with pytest.raises(Remote, match="r: blob sha256:"):
+                get(reader)
+        with pytest.raises(ZeroDivisionError):
+            reader.read_range(0, 10, lambda _: 1 // 0, time.monotonic() + 5)
+        assert get(reader, seconds=5) == BLOB[100:5000]
+
+
 def test_each_place_has_the_namespace_its_header_and_its_own_redirect() -> None:
     """?ns= on every request of a mirror and on none of the registry; hosts.toml's fields stay with their host; where a
     place redirected to is asked directly the next time."""

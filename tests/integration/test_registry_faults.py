@@ -140,10 +140,39 @@ def test_an_expired_signed_url_is_renewed() -> None:
 
 
 def test_redirect_loops_end() -> None:
-    """A registry that redirects to itself: Remote after a bounded number of requests."""
-    with bad_server(lambda asked: reply("302 Found", Location=asked.path)) as server, pytest.raises(Remote):
-        read(server)
-    assert len(server.asked) < 30
+    """A registry that redirects to itself: Remote naming host and blob after a bounded number of requests."""
+    with (
+        bad_server(lambda asked: reply("302 Found", Location=asked.path)) as server,
+        RegistryClient(FAST) as client,
+    ):
+        with pytest.raises(Remote, match=rf"{server.host}/r: blob {DIGEST}: more than 5 redirects"):
+            read(server)
+        assert len(server.asked) < 15
+        with pytest.raises(Remote, match=rf"{server.host}/r: manifest 1: more than 5 redirects"):
+            client.resolve(references.parse(f"{server.host}/r:1"))
+
+
+def test_a_blob_of_another_size_is_named() -> None:
+    """The registry has more or fewer bytes than the descriptor says: Remote naming host, blob and both sizes."""
+    blob = BLOB + b"x"
+
+    def longer(asked: Asked) -> bytes:
+        if "range" not in asked.headers:
+            return reply("200 OK", blob)
+        return piece(asked).replace(b"/%d" % len(BLOB), b"/%d" % len(blob))
+
+    described = Descriptor("application/x", DIGEST, len(BLOB))
+    for answer in (longer, lambda _: reply("200 OK", blob), lambda _: reply("200 OK", BLOB[:-1])):
+        with bad_server(answer) as server, pytest.raises(Remote) as caught:
+            read(server)
+        assert f"{server.host}/r: blob {DIGEST}: " in str(caught.value)
+        assert f"not the {len(BLOB)} of its descriptor" in str(caught.value)
+    with (
+        bad_server(longer) as server,
+        RegistryClient(FAST) as client,
+        pytest.raises((Remote, Integrity), match=rf"{server.host}/r: blob {DIGEST}"),
+    ):
+        client.fetch(references.parse(f"{server.host}/r:1"), described, 1 << 20)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 
-from soci_snapshotter.errors import Condemned, Config, Integrity, Remote, SociError
+from soci_snapshotter.errors import Condemned, Config, Integrity, NotFound, Remote, SociError
 from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.formats.hosts import Capability
 from soci_snapshotter.formats.httpfields import Range
 from soci_snapshotter.policy.counters import LayerCounters
 from soci_snapshotter.registry.blobroute import BlobRoute, NoRanges, Sockets
+from soci_snapshotter.registry.breaker import PASSED_OVER
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.pool import ConnectionPool
@@ -62,6 +63,9 @@ class BlobReader:
         self._sockets = Sockets()
         self._lock = threading.Lock()
         self._places: dict[Route, BlobRoute] = {}
+        self._lacking: dict[
+            Route, float
+        ] = {}  # has not got it, or not in ranges: until when it is asked last
         self.bytes_fetched = 0
 
     @property
@@ -183,13 +187,23 @@ class BlobReader:
             raise
 
     def _blame(self, route: Route, error: Transient | SociError) -> None:
-        if isinstance(error, NoRanges):
-            return  # manifests come from there all the same
+        if isinstance(error, NoRanges | NotFound):
+            if not route.last:
+                with self._lock:
+                    self._lacking[route] = time.monotonic() + PASSED_OVER
+            return  # of other things it may have all
         if not self._sockets.stopped.is_set():
             self._router.blame(route, error.error if isinstance(error, Transient) else error)
 
     def _routes(self) -> list[Route]:
-        return self._router.routes(self._repo, Capability.PULL, self._digest)
+        """Best first; those that have not got the blob are last, for a while."""
+        routes = self._router.routes(self._repo, Capability.PULL, self._digest)
+        if not self._lacking:
+            return routes
+        now = time.monotonic()
+        with self._lock:
+            self._lacking = {route: until for route, until in self._lacking.items() if until > now}
+            return sorted(routes, key=self._lacking.__contains__)  # stable
 
     def _place(self, route: Route) -> BlobRoute:
         """The same object for the same route, as long as it is one of this blob's."""
