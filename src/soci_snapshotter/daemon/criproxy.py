@@ -42,6 +42,8 @@ _IMAGES = 4096
 _LOGINS = 4
 # After containerd's restart it is tried again this soon; gRPC's own patience grows to two minutes.
 _RECONNECT_MS = 2000
+# Nobody waits for a year.
+_FOREVER = 365 * 86400.0
 # Headers that belong to one connection, not to the call.
 _OWN_HEADERS = frozenset({"user-agent", "content-type", "te"})
 
@@ -203,7 +205,7 @@ class CriProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in 
             requests = iter(() if first is None else (first,))
         # Whoever subscribes here is called at once when the call is over already.
         call: Any = self._channel.stream_stream(method, None, None)(
-            requests, timeout=context.time_remaining(), metadata=_headers(context)
+            requests, timeout=_time_left(context), metadata=_headers(context)
         )
         if not context.add_callback(call.cancel):
             call.cancel()
@@ -225,6 +227,12 @@ class CriProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in 
         finally:
             if not done and pull is not None:
                 self._logins.failed(*pull)
+
+
+def _time_left(context: grpc.ServicerContext) -> float | None:
+    """Seconds; None without a deadline, which gRPC gives as one in the far future."""
+    left = context.time_remaining()
+    return left if left is not None and left < _FOREVER else None
 
 
 def _headers(context: grpc.ServicerContext) -> _Metadata:
