@@ -54,6 +54,8 @@ class Daemon:
         config = self.base / "config.toml"
         config.write_text(self.config)
         ready = self.log.count('"msg": "serving"') if (self.base / "daemon.log").exists() else 0
+        # As an installed daemon starts: it does not compile itself every time.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         with open(self.base / "daemon.log", "ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -64,7 +66,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": str(self.source)},
+                env=environment | {"PYTHONPATH": str(self.source)},
             )
         end = time.monotonic() + _START_SECONDS
         while self.log.count('"msg": "serving"') == ready:

@@ -46,12 +46,16 @@ class Server:
     """The kernel's side of FUSE: what is served."""
 
     files: dict[int, FlatFile] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
 
     def add(self, node_id: int, file: FlatFile, *, opens: int = 0) -> None:
         self.files[node_id] = file
 
     def remove(self, node_id: int) -> None:
         self.files.pop(node_id, None)
+
+    def in_use(self, node_id: int) -> bool:
+        return node_id in self.used
 
     def path_of(self, node_id: int) -> bytes:
         return b"fuse/%d" % node_id

@@ -243,3 +243,16 @@ def test_a_row_whose_mount_the_record_does_not_know(two: Two) -> None:
         world.layers.lowerdir(77)
     world.layers.release(77)
     assert two.directory.exists()
+
+
+def test_a_release_that_another_process_heard_of(two: Two) -> None:
+    """A layer without mounts that nobody has open goes at the start; one that somebody has open stays until it is closed."""
+    world = two.world
+    nodes = {key: layer.record.node_id for layer in world.layers.all_layers() for key in [layer.key]}
+    world.book.rows = []
+    world.server.used = {nodes[two.key]}
+    two.restart(lambda directory: None)
+    assert [layer.key for layer in world.layers.all_layers()] == [two.key]
+    assert list(world.server.files) == [nodes[two.key]]
+    world.layers.released(nodes[two.key])
+    assert not world.layers.all_layers() and not list(world.root.glob("layers/*"))

@@ -155,7 +155,8 @@ class Restorer:
             )
         if not layer.record.mounts:
             there = shelf.find(layer.key) is not None
-            if there and (fresh or (layer.lazy is None and layer.whole is None)):
+            served = layer.lazy is not None or layer.whole is not None
+            if there and (fresh or not served or not shelf.in_use(layer)):
                 shelf.drop(layer.key, layer, layer.directory)
             return
         _sweep_directory(layer)

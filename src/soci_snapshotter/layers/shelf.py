@@ -42,6 +42,7 @@ class FlatServer(Protocol):
     def add(self, node_id: int, file: FlatFile, *, opens: int = 0) -> None: ...
     def remove(self, node_id: int) -> None: ...
     def path_of(self, node_id: int) -> bytes: ...
+    def in_use(self, node_id: int) -> bool: ...
 
 
 class Shelf:
@@ -195,6 +196,10 @@ class Shelf:
             self._by_node.pop(layer.record.node_id, None)
         self._server.remove(layer.record.node_id)
         layer.close()
+
+    def in_use(self, layer: Layer) -> bool:
+        """Whether somebody has the node open, by what the kernel says."""
+        return self._server.in_use(layer.record.node_id)
 
     def fail(self, layer: Layer) -> None:
         """A condemned layer: reads through FUSE fail from now on."""

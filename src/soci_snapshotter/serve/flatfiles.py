@@ -166,6 +166,17 @@ class FuseServer:
         """What opened() was told of has ended. As with the last handle, `on_release` may be called."""
         self._release(node_id)
 
+    def in_use(self, node_id: int) -> bool:
+        """Whether somebody has the file open, or the kernel may still remember it. Not for a FUSE thread.
+
+        For a connection that was taken over: a RELEASE that the process before this one was told of does not come again.
+        """
+        with self._lock:
+            if self._opens.get(node_id):
+                return True
+        self._notify(fusemsg.invalidate_entry(fusemsg.ROOT_ID, b"%d" % node_id))
+        return self._notify(fusemsg.invalidate_attributes(node_id))
+
     def forget_tree(self, number: int) -> bool:
         """Make the kernel let go of a tree that is not mounted any more; whether it has no inode of it now.
 
