@@ -118,11 +118,12 @@ class BlobRoute:
         self._whole = self._options.request_timeout if own is None else own
         self._lock = threading.Lock()
         self._target: str | None = None
+        self._parted = ("", Peer(self._home_origin, _NO_TLS), "")  # the last URL, and what it comes to
 
     @property
     def peer(self) -> Peer:
         """Where the bytes come from, as far as is known."""
-        return self._peer(urls.split(self._target or self._home)[0])
+        return self._parts(self._target or self._home)[0]
 
     @property
     def dial(self) -> float:
@@ -223,17 +224,17 @@ class BlobRoute:
     def _send(
         self, url: str, wanted: Range, authorization: str | None, deadline: float, until: float
     ) -> _Exchange:
-        origin, target = urls.split(url)
+        peer, target = self._parts(url)
         headers = {
             "Range": str(wanted),
             "Accept-Encoding": "identity",
             "User-Agent": self._options.user_agent,
         }
-        if origin == self._home_origin:
+        if self._endpoint.headers and peer.origin == self._home_origin:
             headers.update(self._endpoint.headers)
         if authorization is not None:
             headers["Authorization"] = authorization
-        connection, reused = self._borrow(self._peer(origin), deadline)
+        connection, reused = self._borrow(peer, deadline)
         patience = self._options.head_timeout or self._options.span_timeout
         while True:
             sock = None
@@ -277,8 +278,14 @@ class BlobRoute:
     def _broken(self, connection: Connection, error: BaseException) -> Exception:
         return broken(self._subject, error, connection.place, connection.peer.origin.place)
 
-    def _peer(self, origin: urls.Origin) -> Peer:
-        return Peer(origin, tls_for(self._endpoint, origin) if origin.scheme == "https" else _NO_TLS)
+    def _parts(self, url: str) -> tuple[Peer, str]:
+        """Whom to ask for it, and by which target. Mostly the same one as before."""
+        known, peer, target = self._parted
+        if known != url:
+            origin, target = urls.split(url)
+            peer = Peer(origin, tls_for(self._endpoint, origin) if origin.scheme == "https" else _NO_TLS)
+            self._parted = url, peer, target
+        return peer, target
 
     def _check(self, response: http.client.HTTPResponse, wanted: Range) -> tuple[int, bool]:
         """How many bytes come before the range, and whether the body ends with it. Remote for a wrong answer."""

@@ -13,6 +13,7 @@ import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeAlias, TypeVar
 from urllib.parse import quote
 
@@ -99,7 +100,7 @@ class Router:
 
     def __init__(self, session: Session, hosts: Hosts | None) -> None:
         self._session = session
-        self.hosts: Hosts = hosts or (lambda host: (session.options.endpoint(host),))
+        self.hosts: Hosts = hosts or lru_cache(64)(lambda host: (session.options.endpoint(host),))
         self.breaker = Breaker()
         self._lock = threading.Lock()
         self._schemes: dict[str, str] = {}
