@@ -7,7 +7,7 @@ NAME ?=
 # make demo LINK=10ms,500mbit puts the registry that far away; without LINK it is on loopback.
 LINK ?=
 
-.PHONY: demo test test-full check bench setup deps test-deps stubs lock clean
+.PHONY: demo test test-full soak check bench setup deps test-deps stubs lock clean
 
 demo: deps setup
 	$(BIN)/python -m harness.demo $(if $(LINK),--link $(LINK)) $(DEMO_ARGS)
@@ -17,6 +17,10 @@ test: test-deps setup
 
 test-full: test-deps setup
 	$(BIN)/pytest $(ARGS)
+
+# An hour of everything at once; SOAK_SECONDS=300 is five minutes.
+soak: test-deps setup
+	$(BIN)/python -m harness.soak
 
 check: setup
 	$(BIN)/ruff check src tests harness bench
