@@ -59,19 +59,19 @@ class Table:
         """Whether `answer` and `error` are for the lazy try only."""
 
     @contextmanager
-    def pinned(self, numbers: Sequence[int]) -> Iterator[dict[int, Path]]:
-        yield {number: Path(f"/m/{number}") for number in numbers}
+    def pinned(self, numbers: Sequence[int]) -> Iterator[dict[int, bytes]]:
+        yield {number: b"/m/%d" % number for number in numbers}
 
     def prepare(
         self,
         key: LayerKey,
         reference: str,
-        lowers: Sequence[Path],
+        lowers: Sequence[bytes],
         layer_size: int | None,
         claim: Claim,
         filled: Filled | None = None,
     ) -> Mounted | Declined:
-        assert lowers == [Path("/lower")]
+        assert lowers == [b"/lower"]
         self.claims.append(claim)
         first = not self.once or key.ztoc == digests.sha256(ZTOC)
         if self.error is not None and first:

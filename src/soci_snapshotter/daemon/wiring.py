@@ -30,6 +30,7 @@ from soci_snapshotter.formats import reference as references
 from soci_snapshotter.formats.digest import Digest
 from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.index.create import BUILD_TOOL, DEFAULT_SPAN_SIZE
+from soci_snapshotter.layers.ahead import ZtocsAhead
 from soci_snapshotter.layers.background import Background
 from soci_snapshotter.layers.complete import Completer
 from soci_snapshotter.layers.eager import EagerPulls, Tools
@@ -156,6 +157,7 @@ def running(
             counters=counters,
             images=images,
             rules=rules,
+            ahead=stack.enter_context(ZtocsAhead(client, content)),
             wholes=WholeLayers(layers, images, stack.enter_context(_pulls(config, root, blob)), free),
         )
         snapshotter = stack.enter_context(_snapshotter(layers, lazy, resolver, rules, root=root, fresh=fresh))

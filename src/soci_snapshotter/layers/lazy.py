@@ -6,9 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 
 from soci_snapshotter.errors import Integrity, NotFound, SociError, Unsupported
@@ -19,6 +18,7 @@ from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.formats.sociindex import SociIndex
 from soci_snapshotter.layers import ztocs
+from soci_snapshotter.layers.ahead import MOST_LAYERS, ZtocsAhead
 from soci_snapshotter.layers.eager import Filled, Pull
 from soci_snapshotter.layers.images import Images
 from soci_snapshotter.layers.openlayer import LayerKey
@@ -71,9 +71,10 @@ class Lazy:
         images: Images | None = None,
         rules: Eager = _LAZY_ONLY,
         wholes: WholeLayers | None = None,
+        ahead: ZtocsAhead | None = None,
     ) -> None:
         """`min_layer_size`: bytes; smaller layers are not lazy. `wholes` makes what is not lazy; without it containerd
-        does.
+        does. `ahead` fetches ztocs of the layers that come next.
         """
         self._min_layer_size = min_layer_size
         self._counters = Counters() if counters is None else counters
@@ -86,6 +87,7 @@ class Lazy:
         self._images = Images(client) if images is None else images
         self._rules = rules
         self._wholes = wholes
+        self._ahead = ahead
 
     def prepare(self, request: LazyRequest, *, must: bool = False) -> LazyLayer | Declined | Failed:
         """Mount the layer of `request`. A SociError or OSError means it could not be; nothing is left of the try.
@@ -143,6 +145,8 @@ class Lazy:
         claim, labels = self._claim(request, reference)
         if claim is None:
             return Declined(_NO_CLAIM)
+        if self._ahead is not None and index is not None:
+            self._ahead.expect(reference, _next_ztocs(request, index))
         self._fetch_ztoc(reference, layer, ztoc)
         mounted = self._mount(request, LayerKey(layer, ztoc.digest), size, claim)
         if isinstance(mounted, Declined):
@@ -197,7 +201,7 @@ class Lazy:
         lazy = [lower.mount_id for lower in request.parent_chain if isinstance(lower, LazyLower)]
         with self._layers.pinned(lazy) as paths:
             lowers = [
-                Path(os.fsdecode(lower.path)) if isinstance(lower, LocalLower) else paths[lower.mount_id]
+                lower.path if isinstance(lower, LocalLower) else paths[lower.mount_id]
                 for lower in request.parent_chain
             ]
             return self._layers.prepare(
@@ -276,7 +280,17 @@ class Lazy:
         with self._turns.turn(ztoc.digest):
             if not self._content.exists(ztoc.digest):
                 with measured(self._counters.layer(str(layer)).duration("ztoc_fetch")):
-                    ztocs.fetch(self._client, self._content, reference, ztoc)
+                    ztocs.fetch(self._client, self._content, reference, ztoc, self._ahead)
+
+
+def _next_ztocs(request: LazyRequest, index: SociIndex) -> Iterator[Descriptor]:
+    """Ztocs of the layers that are prepared next, as the request lists them; the farthest first."""
+    layers, here = request.image_layers, request.layer_digest
+    first = layers.index(here) + 1 if here in layers else len(layers)
+    for layer in reversed(layers[first : first + MOST_LAYERS]):
+        ztoc = index.ztoc_for(digests.parse(layer))
+        if ztoc is not None:
+            yield ztoc
 
 
 def _stated_size(request: LazyRequest) -> int | None:

@@ -31,6 +31,7 @@ class MountPoints:
 
     def __init__(self, root: Path, mounter: Mounter) -> None:
         self._top = root / "m"
+        self._prefix = os.fsencode(self._top) + b"/"
         self._mounter = mounter
         self._lock = threading.Lock()
         self._top.mkdir(mode=0o700, exist_ok=True)
@@ -39,6 +40,10 @@ class MountPoints:
     def path(self, number: int) -> Path:
         """Where mount `number` is, or would be."""
         return self._top / str(number)
+
+    def name(self, number: int) -> bytes:
+        """The same as bytes: what is handed out."""
+        return self._prefix + b"%d" % number
 
     def number_of(self, path: bytes) -> int | None:
         """The number of a path that was handed out, None for any other path."""

@@ -48,7 +48,6 @@ from soci_snapshotter.store.layerfiles import (
     Stamp,
     layer_directory,
     sync_directory,
-    write_record,
 )
 
 _log = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ class OpenLayers:
         """The path to hand out now for a row's number. Raises Remote when it cannot be brought up."""
         return self._shelf.lowerdir(number)
 
-    def pinned(self, numbers: Sequence[int]) -> AbstractContextManager[dict[int, Path]]:
+    def pinned(self, numbers: Sequence[int]) -> AbstractContextManager[dict[int, bytes]]:
         """The paths of rows' numbers, none of which is unmounted while the block lasts."""
         return self._shelf.pinned(numbers)
 
@@ -159,7 +158,7 @@ class OpenLayers:
         self,
         key: LayerKey,
         reference: str,
-        lowers: Sequence[Path],
+        lowers: Sequence[bytes],
         layer_size: int | None,
         claim: Claim,
         filled: Filled | None = None,
@@ -367,7 +366,7 @@ class OpenLayers:
         self,
         key: LayerKey,
         directory: Path,
-        lowers: Sequence[Path],
+        lowers: Sequence[bytes],
         layer_size: int | None,
         donor: Donor | None,
     ) -> MetaResult:
@@ -379,7 +378,7 @@ class OpenLayers:
                 layer_digest=str(key.layer),
                 directory=str(directory),
                 layer_size=layer_size,
-                lowers=tuple(os.fsencode(lower) for lower in lowers),
+                lowers=tuple(lowers),
                 whole=str(directory / "data.tar") if compare else "",
                 whole_size=donor.tar_size if compare and donor is not None else 0,
             )
@@ -398,9 +397,8 @@ class OpenLayers:
         )
         if donor is not None:
             record = donor.give(record)
-        write_record(directory, record)
         sync_directory(directory.parent)
-        layer = Layer(directory, record)
+        layer = Layer(directory, record)  # written when it is mounted: without a record the directory goes
         if donor is None:
             self._shelf.serve(layer)
         elif not donor.made:
@@ -424,6 +422,6 @@ class OpenLayers:
             return
         handed = self._prover.book.handed_out()
         for number, key in due.items():
-            if os.fsencode(self._shelf.points.path(number)) not in handed:
+            if self._shelf.points.name(number) not in handed:
                 with self._shelf.turns.turn(key):
                     self._shelf.unmount_superseded(key, number)

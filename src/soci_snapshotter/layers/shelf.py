@@ -113,6 +113,9 @@ class Shelf:
 
     def lowerdir(self, number: int) -> Path:
         """The path to hand out now for a row's number. Raises Remote when it cannot be brought up."""
+        return self.points.path(self._up(number))
+
+    def _up(self, number: int) -> int:
         with self._lock:
             shown, key = self._shown.get(number), self._owners.get(number)
             lost = self._lost.get(number)
@@ -122,7 +125,7 @@ class Shelf:
             if key is None:
                 raise Remote(f"lazy mount {number} is gone" if lost is None else lost[1])
             shown = self._wake(key, number)
-        return self.points.path(shown)
+        return shown
 
     def lose(self, number: int, key: LayerKey, reason: str) -> None:
         """Nothing can be mounted for this row's number; `reason` names the layer and what to do."""
@@ -136,18 +139,23 @@ class Shelf:
             return None if any(other == key for other, _ in self._lost.values()) else key
 
     @contextmanager
-    def pinned(self, numbers: Sequence[int]) -> Iterator[dict[int, Path]]:
+    def pinned(self, numbers: Sequence[int]) -> Iterator[dict[int, bytes]]:
         """The paths of rows' numbers, none of which is unmounted while the block lasts."""
         pins: dict[int, int] = {}
         try:
+            with self._lock:  # once for all those that are up: an image has up to hundreds
+                for number in set(numbers) & self._shown.keys():
+                    pins[number] = self._shown[number]
+                    self._pins[pins[number]] += 1
+                    self._used[self._owners[number]] = time.monotonic()
             for number in numbers:
                 while number not in pins:
-                    self.lowerdir(number)
+                    self._up(number)
                     with self._lock:
                         if (shown := self._shown.get(number)) is not None:
                             self._pins[shown] += 1
                             pins[number] = shown
-            yield {number: self.points.path(shown) for number, shown in pins.items()}
+            yield {number: self.points.name(shown) for number, shown in pins.items()}
         finally:
             with self._lock:
                 for shown in pins.values():
@@ -365,7 +373,7 @@ class Shelf:
             if any(number in self._pins for number in standing):
                 return None
             used_at = self._used.get(layer.key, 0.0)
-        if layer.record.superseded or any(os.fsencode(self.points.path(n)) in handed for n in standing):
+        if layer.record.superseded or any(self.points.name(n) in handed for n in standing):
             return None
         return used_at
 

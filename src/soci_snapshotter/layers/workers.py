@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 import threading
@@ -55,14 +56,9 @@ class MetaWorkers:
             process = self._take()
             try:
                 assert process.stdin is not None and process.stdout is not None  # noqa: S101 - made with pipes
-                watchdog = threading.Timer(BUILD_SECONDS, process.kill)
-                watchdog.daemon = True
-                watchdog.start()
-                try:
-                    write_frame(process.stdin, request)
-                    frame = read_frame(process.stdout)
-                finally:
-                    watchdog.cancel()
+                write_frame(process.stdin, request)
+                _wait(process)
+                frame = read_frame(process.stdout)
             except BaseException as error:
                 _end(process)
                 if isinstance(error, OSError):
@@ -126,6 +122,15 @@ class MetaWorkers:
             self._arm()
         for process in old:
             _end(process)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    """Until the worker answers, which it does in one piece, or ends; one that takes too long is killed."""
+    assert process.stdout is not None  # noqa: S101 - made with a pipe
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    if not poll.poll(BUILD_SECONDS * 1000):
+        process.kill()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

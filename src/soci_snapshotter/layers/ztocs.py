@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from soci_snapshotter.errors import Integrity, Remote
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.formats.reference import Reference
+from soci_snapshotter.layers.ahead import ZtocsAhead
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.store.content import ContentStore
 
@@ -15,14 +16,26 @@ ZTOC_LIMIT = 512 << 20  # 16,000 checkpoints of 32 KiB: a 64 GiB layer at the de
 _TRIES = 3  # connections break; each request has its own retries below this
 
 
-def fetch(client: RegistryClient, content: ContentStore, reference: Reference, ztoc: Descriptor) -> None:
+def fetch(
+    client: RegistryClient,
+    content: ContentStore,
+    reference: Reference,
+    ztoc: Descriptor,
+    ahead: ZtocsAhead | None = None,
+) -> None:
     """Put a ztoc into the store piece by piece: its size is the pusher's word, and memory is the node's.
+
+    `ahead` may have it already.
 
     Integrity for a size that could not be a ztoc's and for other bytes than the digest says, Remote when the registry
     does not give it in time.
     """
     if not 0 < ztoc.size <= ZTOC_LIMIT:
         raise Integrity(f"ztoc {ztoc.digest}: {ztoc.size} bytes; the limit is {ZTOC_LIMIT}")
+    data = ahead.take(ztoc.digest) if ahead is not None else None
+    if data is not None:
+        content.put_stream((data,), ztoc.digest, ztoc.size)
+        return
     deadline = time.monotonic() + client.options.request_timeout
     for left in reversed(range(_TRIES)):
         try:

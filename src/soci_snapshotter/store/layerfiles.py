@@ -290,11 +290,12 @@ class SpanFile:
             os.ftruncate(self._fd, 0)
             new = True
         if new:
-            for name in ("spans.durable", "spans.live"):
-                (self.directory / name).unlink(missing_ok=True)
-            sync_directory(
-                self.directory
-            )  # before any span is written: no later start may believe the old marks
+            old = [self.directory / name for name in ("spans.durable", "spans.live")]
+            if raw is not None or any(path.exists() for path in old):
+                for path in old:
+                    path.unlink(missing_ok=True)
+                # Before any span is written: no later start may believe the old marks.
+                sync_directory(self.directory)
             os.ftruncate(self._fd, self.data_size)
         return not new
 
