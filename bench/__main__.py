@@ -10,7 +10,7 @@ from bench.result import Result, Skipped, line, save
 
 MODULES = (
     *("meta_build", "toc_roundtrip", "index_layer", "index_image"),
-    *("filled", "cold", "background", "memory", "eager", "start", "demo"),
+    *("prepare160", "filled", "cold", "background", "memory", "eager", "start", "demo"),
 )
 """In the order of a run of all: the short ones first."""
 
