@@ -157,19 +157,21 @@ def start_containerd(
     bin_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
     extra_config: str = "",
+    settings: str = "",
 ) -> Iterator[Containerd]:
     """A containerd in `base` (default: a fresh directory under /tmp, removed at the end).
 
     proxy_plugins maps a snapshotter's name to its socket, e.g. {"soci": "/tmp/x/soci.sock"}; that entry is
-    all the configuration a snapshotter needs. A `base` given by the caller keeps its files, without mounts or
-    processes.
+    all the configuration a snapshotter needs. Or `settings` is a node's whole config.toml, to which only the places
+    of files are added; the CRI is on then. A `base` given by the caller keeps its files, without mounts or processes.
     """
     directory = Path(tempfile.mkdtemp(prefix="ctd-", dir="/tmp")) if base is None else base
     directory.mkdir(parents=True, exist_ok=True)
     daemon = Containerd(directory, bin_dir, dict(environment or {}))
     if len(daemon.address) > _MAX_SOCKET_PATH:
         raise ValueError(f"{directory}: too long for a unix socket; leave base out or choose a shorter one")
-    (directory / "config.toml").write_text(_config(daemon, proxy_plugins or {}) + extra_config)
+    text = _placed(daemon, settings) if settings else _config(daemon, proxy_plugins or {})
+    (directory / "config.toml").write_text(text + extra_config)
     try:
         daemon.start()
         yield daemon
@@ -209,6 +211,24 @@ def _config(daemon: Containerd, proxy_plugins: Mapping[str, str | Path]) -> str:
     for name, address in proxy_plugins.items():
         lines += [f"  [proxy_plugins.{name}]", '    type = "snapshot"', f'    address = "{address}"']
     return "\n".join(lines) + "\n"
+
+
+def _placed(daemon: Containerd, settings: str) -> str:
+    """A node's configuration, at this containerd's own places; top-level keys stand before its first table."""
+    top, bracket, tables = settings.partition("\n[")
+    lines = [
+        f'root = "{daemon.root}"',
+        f'state = "{daemon.state}"',
+        top,
+        "[grpc]",
+        f'  address = "{daemon.address}"',
+        '[plugins."io.containerd.internal.v1.opt"]',
+        f'  path = "{daemon.base / "opt"}"',
+        # Its socket has one place for the whole machine.
+        '[plugins."io.containerd.nri.v1.nri"]',
+        "  disable = true",
+    ]
+    return "\n".join(lines) + bracket + tables + "\n"
 
 
 def _answers(address: str) -> bool:

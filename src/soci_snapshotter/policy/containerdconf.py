@@ -20,6 +20,7 @@ _CRI_1 = "io.containerd.grpc.v1.cri"
 _CRI_2 = "io.containerd.cri.v1.images"
 _RUNTIME_2 = "io.containerd.cri.v1.runtime"
 _TRANSFER = "io.containerd.transfer.v1.local"
+_DEFAULT = "overlayfs"
 _ANNOTATIONS = "enable_remote_snapshot_annotations"
 RESTART = "systemctl restart containerd"
 
@@ -98,7 +99,7 @@ def check_cri(tree: Tree, wanted: Wanted) -> Finding:
         **_table(old.get("runtimes")),
         **_table(_table(_table(plugins.get(_RUNTIME_2)).get("containerd")).get("runtimes")),
     }
-    snapshotter = images.get("snapshotter", "overlayfs")
+    snapshotter = images.get("snapshotter", _DEFAULT)
     by_runtime = [
         key for key, value in runtimes.items() if _table(value).get("snapshotter") == wanted.snapshotter
     ]
@@ -128,26 +129,39 @@ def check_transfer(tree: Tree, wanted: Wanted) -> Finding | None:
         return None
     if _transfer_ready(tree, wanted):
         return ok("transfer service", f"unpacks through {wanted.snapshotter}, with annotations")
+    lines = [f"in {wanted.file}:"]
+    section = _table(_table(tree.get("proxy_plugins")).get(wanted.snapshotter))
+    # Without the section itself, `proxy_lines` says it, and TOML has a table but once.
+    if section and not _annotated(tree, wanted):
+        lines += [f"  [proxy_plugins.{wanted.snapshotter}.exports]", f'    {_ANNOTATIONS} = "true"']
+    unpack = _unpack_config(tree)
+    # A list of one's own replaces containerd's, which has its default snapshotter alone.
+    missing = [wanted.snapshotter] if unpack else [_DEFAULT, wanted.snapshotter]
+    for snapshotter in missing:
+        if snapshotter not in unpack:
+            lines += [f'  [[plugins."{_TRANSFER}".unpack_config]]', '    platform = "linux"']
+            lines += [f'    snapshotter = "{snapshotter}"']
     return warning(
         "transfer service",
         f"`ctr images pull --snapshotter {wanted.snapshotter}` is refused or not lazy (`soci pull` is not affected)",
-        f"in {wanted.file}:",
-        f"  [proxy_plugins.{wanted.snapshotter}.exports]",
-        f'    {_ANNOTATIONS} = "true"',
-        f'  [[plugins."{_TRANSFER}".unpack_config]]',
-        '    platform = "linux"',
-        f'    snapshotter = "{wanted.snapshotter}"',
+        *lines,
         f"then: {RESTART}",
     )
 
 
 def _transfer_ready(tree: Tree, wanted: Wanted) -> bool:
+    return wanted.snapshotter in _unpack_config(tree) and _annotated(tree, wanted)
+
+
+def _annotated(tree: Tree, wanted: Wanted) -> bool:
     section = _table(_table(tree.get("proxy_plugins")).get(wanted.snapshotter))
+    return _table(section.get("exports")).get(_ANNOTATIONS) == "true"
+
+
+def _unpack_config(tree: Tree) -> list[str]:
+    """The snapshotters that the file's own list names."""
     unpack = _table(_table(tree.get("plugins")).get(_TRANSFER)).get("unpack_config")
-    listed = isinstance(unpack, list) and any(
-        _table(entry).get("snapshotter") == wanted.snapshotter for entry in unpack
-    )
-    return listed and _table(section.get("exports")).get(_ANNOTATIONS) == "true"
+    return [str(_table(entry).get("snapshotter")) for entry in unpack] if isinstance(unpack, list) else []
 
 
 def _cri_lines(wanted: Wanted) -> tuple[str, ...]:
