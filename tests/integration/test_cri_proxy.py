@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from harness import cri
+from harness.images import layer_from_dir, push, shell_rootfs, write_layout
+from harness.tokenserver import start_token_registry
+from tests.integration.support import GNU, PIGZ
+from tests.integration.versions import node
 
 from soci_snapshotter.containerd.stubs import cri_images_pb2 as pb
 from soci_snapshotter.daemon.criproxy import CriLogins, CriProxy
@@ -94,16 +100,16 @@ class Rig:
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    cri = Cri()
-    cri.answers["PullImage"] = lambda *_: pb.PullImageResponse(image_ref="sha256:abc").SerializeToString()
-    cri.answers["RemoveImage"] = lambda *_: b""
+    end = Cri()
+    end.answers["PullImage"] = lambda *_: pb.PullImageResponse(image_ref="sha256:abc").SerializeToString()
+    end.answers["RemoveImage"] = lambda *_: b""
     with (
         CriProxy(str(tmp_path / "cri.sock"), logins := CriLogins()) as proxy,
-        serving(tmp_path / "cri.sock", cri),
+        serving(tmp_path / "cri.sock", end),
         serving(tmp_path / "ours.sock", proxy),
         grpc.insecure_channel(address := f"unix:{tmp_path / 'ours.sock'}") as channel,
     ):
-        yield Rig(cri, logins, channel, address)
+        yield Rig(end, logins, channel, address)
 
 
 @pytest.mark.parametrize("version", [V1, ALPHA])
@@ -187,8 +193,8 @@ def test_a_caller_that_gives_up_ends_the_call(rig: Rig) -> None:
 
 def test_without_containerd_calls_are_unavailable_until_it_is_there(tmp_path: Path) -> None:
     """A node that boots: UNAVAILABLE, with the socket named; a moment after containerd came, its answers."""
-    cri = Cri()
-    cri.answers["ListImages"] = lambda *_: b"here"
+    late = Cri()
+    late.answers["ListImages"] = lambda *_: b"here"
     with (
         CriProxy(str(tmp_path / "cri.sock"), CriLogins()) as proxy,
         serving(tmp_path / "ours.sock", proxy),
@@ -200,7 +206,7 @@ def test_without_containerd_calls_are_unavailable_until_it_is_there(tmp_path: Pa
                 call(b"", timeout=10)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
             assert "cri.sock" in caught.value.details()  # type: ignore[attr-defined]
-        with serving(tmp_path / "cri.sock", cri):
+        with serving(tmp_path / "cri.sock", late):
             end = time.monotonic() + 20
             while True:
                 try:
@@ -340,3 +346,52 @@ def test_newer_logins_come_first_and_are_bounded(rig: Rig) -> None:
     assert list(logins.logins("r.test", "i0")) == []
     assert list(logins.logins("r.test", "i4999")) == [Login("u", "p")]
     assert len(logins._images) == 4096
+
+
+# --- a real node ----------------------------------------------------------------------------------------------
+
+EAGER = "[pull_modes.parallel_pull_unpack]\nenable = true\ndiscard_unpacked_layers = true\n"
+
+
+@pytest.mark.root
+@pytest.mark.timeout(300)
+def test_a_private_image_is_pulled_with_the_credentials_of_the_request(tmp_path: Path) -> None:
+    """A real containerd behind our socket: the layers come with the kubelet's login and are on no disk of ours; without
+    it, past our socket or after a removal, the daemon has neither login nor token."""
+    login = ("tester", "MARKED-SECRET")
+    layers = [layer_from_dir(shell_rootfs(tmp_path / "shell")), GNU]
+    with (
+        node("1.6") as rig,
+        start_token_registry(tmp_path / "tokens", login, "unused") as (registry, service),
+    ):
+        push(write_layout(tmp_path / "layout", layers), f"{registry.host}/private:1", user=":".join(login))
+        image = f"{registry.host}/private:1"
+        rig.daemon.stop(signal.SIGTERM)
+        keychain = f'enable_keychain = true\nimage_service_path = "{rig.containerd.address}"\n'
+        rig.daemon.config = EAGER + "[cri_keychain]\n" + keychain
+        rig.daemon.start()
+        rig.reconnected()
+        with cri.connect(rig.containerd.address) as past:
+            with pytest.raises(grpc.RpcError, match="password"):
+                past.pull(image, user=login)
+            with cri.connect(str(rig.daemon.address)) as through:
+                before = len(service.asked)
+                identity = through.pull(image, user=login)
+                own = [each for each in service.asked[before:] if each.startswith("GET basic")]
+                assert own
+                assert through.images() == past.images()
+                known = through.image(image)
+                assert known is not None
+                assert known.id == identity == past.image(image).id  # type: ignore[union-attr]
+                through.remove_image(identity)
+                assert image not in past.images()
+            other = f"{registry.host}/private:2"
+            push(write_layout(tmp_path / "other", [PIGZ]), other, user=":".join(login))
+            with pytest.raises(grpc.RpcError, match="password"):
+                past.pull(other, user=login)
+        log = rig.daemon.log
+        held = [path for path in rig.daemon.base.rglob("*") if path.is_file() and path.suffix != ".log"]
+        assert "MARKED-SECRET" not in log
+        assert all(
+            b"MARKED-SECRET" not in path.read_bytes() for path in held if path.stat().st_size < 1 << 24
+        )

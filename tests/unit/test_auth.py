@@ -428,7 +428,21 @@ def test_an_error_reaches_everyone_who_waits() -> None:
 def test_many_scopes_are_forgotten_in_the_end(clock: Clock) -> None:
     """A daemon that sees thousands of repositories keeps those whose grant lives."""
     one = made(Service(), Source(ME))
-    for number in range(3000):
+    for number in range(1500):
         challenged(one, scope=Scope(HOST, f"r{number}", "pull"))
         clock.now += 1
-    assert len(one._scopes) < 1500
+    assert len(one._scopes) < 1000
+
+
+def test_a_login_that_its_source_gave_up_is_not_used_any_more() -> None:
+    """Its grant goes, for that repository only; the next request asks the sources."""
+    service, source = Service(), Source(ME)
+    one = made(service, source)
+    other = Scope(HOST, "c", "pull")
+    challenged(one)
+    challenged(one, scope=other)
+    source.answers = []
+    one.drop(ME, "a/b")
+    assert one.header(SCOPE) == "Bearer t3"
+    assert service.users == ["me", "me", ""]
+    assert one.header(other) == "Bearer t2"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -61,6 +61,9 @@ class _Kept:
 
 class CriLogins:
     """The logins of pulls by image reference: a source of logins. Thread safe."""
+
+    dropped: Callable[[Login, str], None] | None = None
+    """Told of a login that is forgotten, and of the repository that it was for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -131,10 +134,12 @@ class CriLogins:
         with self._lock:
             kept = self._images.get(key)
             gone = {name} if kept is None else {name, kept.identity}
-            for each in [
-                k for k, v in self._images.items() if k == key or (v.identity and v.identity in gone)
-            ]:
-                del self._images[each]
+            keys = [k for k, v in self._images.items() if k == key or (v.identity and v.identity in gone)]
+            forgotten = [self._images.pop(each) for each in keys]
+        if self.dropped is not None:
+            for image in forgotten:
+                for login, _ in image.logins:
+                    self.dropped(login, image.reference.repository)
 
 
 def _login(auth: pb.AuthConfig) -> Login | None:

@@ -22,6 +22,8 @@ class Keychains:
 
     keychain: Keychain
     cri: CriProxy | None
+    logins: CriLogins
+    """Those of the CRI; none without it."""
 
 
 @contextmanager
@@ -32,9 +34,8 @@ def keychains(config: Config, docker_config: Path) -> Iterator[Keychains]:
         if config.kubeconfig_keychain.enable_keychain:
             path = _kubeconfig(config.kubeconfig_keychain.kubeconfig_path)
             sources.append(stack.enter_context(KubeSecrets(path)))
-        proxy = None
+        proxy, logins = None, CriLogins()
         if config.cri_keychain.enable_keychain:
-            logins = CriLogins()
             sources.append(logins)
             address = config.cri_keychain.image_service_path or CriKeychain().image_service_path
             proxy = stack.enter_context(CriProxy(address, logins))
@@ -43,7 +44,7 @@ def keychains(config: Config, docker_config: Path) -> Iterator[Keychains]:
             life=float(config.resolver.auth_client_ttl_sec) or DEFAULT_LIFE,
             shared=config.resolver.enable_auth_client_sharing,
         )
-        yield Keychains(keychain, proxy)
+        yield Keychains(keychain, proxy, logins)
 
 
 def _kubeconfig(said: str) -> Path:

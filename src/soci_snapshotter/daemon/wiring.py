@@ -195,6 +195,7 @@ def _registries(config: Config, logins: Keychains) -> Iterator[tuple[RegistryCli
         RegistryClient(options, logins.keychain, registry_hosts(config, options)) as client,
         ConnectionPool(options) as connections,
     ):
+        logins.logins.dropped = client.session.authenticator.drop
         yield client, connections
 
 

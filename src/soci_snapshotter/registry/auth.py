@@ -136,6 +136,13 @@ class Authenticator:
             if itself or (before is not None and before[0] == use and now - before[1] < _TWICE):
                 state.refuse(use, now)
 
+    def drop(self, login: Login, repository: str) -> None:
+        """Its source has given the login up for a repository: what was granted for it there is not used any more."""
+        with self._lock:
+            for scope, state in self._scopes.items():
+                if scope.repository == repository and state.grant is not None and state.grant.login == login:
+                    state.grant = None
+
     def answer(
         self,
         scope: Scope,
