@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,10 @@ class Asked:
 
 Answer = Callable[[Asked], bytes | None]
 """Raw bytes to send before the connection closes; None: say nothing until the client gives up."""
+
+
+class Dripped(bytes):
+    """Bytes to send one by one, each after 50 ms."""
 
 
 class Stalled(bytes):
@@ -119,6 +124,11 @@ def _serve(
         if said is None:
             ending.wait(30)
         else:
+            if isinstance(said, Dripped):
+                for number in range(len(said)):
+                    connection.sendall(said[number : number + 1])
+                    time.sleep(0.05)
+                return
             connection.sendall(said)
             if isinstance(said, Stalled):
                 ending.wait(30)

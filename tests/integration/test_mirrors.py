@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness.badserver import Answer, Asked, BadServer, Stalled, bad_server, reply
+from harness.badserver import Answer, Asked, BadServer, Dripped, Stalled, bad_server, reply
 from harness.proxy import Proxy
 from harness.tokenserver import start_token_registry
 
@@ -248,6 +248,28 @@ def test_a_request_that_takes_too_long_is_replaced() -> None:
         assert get(reader, 0, 1 << 20) == BLOB[: 1 << 20]
     assert len(home.asked) == 2
     assert starts(home)[1] >= 256 << 10
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply("206 Partial", BLOB[:1000]),
+        reply("206 Partial")[:-2] + b"X: " + b"x" * 1000,
+        reply("503 No", b"x" * 1000),
+    ],
+    ids=["body", "head", "error"],
+)
+def test_who_drips_is_left(answer: bytes) -> None:
+    """A byte now and then, in the head, the body or an error's body, is no answer: the request ends in its time."""
+    options = Options(retry=Retry(attempts=0), span_timeout=5, request_timeout=0.4)
+    with bad_server(lambda _: Dripped(answer)) as bad, bad_server(piece) as home:
+        with reading(mirror(bad), Endpoint("http", home.host), options=options) as (reader, _):
+            assert get(reader, seconds=20) == BLOB[100:5000]
+        with (
+            reading(Endpoint("http", bad.host), options=options) as (reader, _),
+            pytest.raises(Remote, match=f"r: blob {DIGEST}"),
+        ):
+            get(reader, seconds=0.3)
 
 
 def test_a_mirror_s_own_request_timeout() -> None:

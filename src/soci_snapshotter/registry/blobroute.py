@@ -32,6 +32,7 @@ _PIECE = 256 << 10
 # A server that ignores Range sends the blob from its start: this much is thrown away to reach the range, no more.
 _SKIP = 64 << 20
 _ERROR_BODY = 64 << 10
+_ERROR_SECONDS = 2.0  # to read it; a connection that may be kept for that is not worth more
 # What a forgotten signature looks like: S3 and CloudFront 403, others 400, 401, 404 or 410.
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
 _NO_TLS = Tls()
@@ -79,13 +80,12 @@ class Sockets:
 
 @dataclass(slots=True)
 class _Exchange:
-    """An answer whose body is still to be read, and the connection it comes by; `until`: when it must be over."""
+    """An answer whose body is still to be read, and the connection it comes by."""
 
     url: str
     connection: Connection
     sock: socket.socket
     response: http.client.HTTPResponse
-    until: float
 
 
 class BlobRoute:
@@ -139,11 +139,11 @@ class BlobRoute:
             length = wanted.end - wanted.start
             buffer = memoryview(bytearray(min(_PIECE, length)))
             while skip:
-                skip -= self._receive(exchange, buffer[: min(skip, len(buffer))], deadline)
+                skip -= _receive(exchange.response, buffer[: min(skip, len(buffer))])
             while length:
                 filled, most = 0, min(len(buffer), length)
                 while filled < most:
-                    filled += self._receive(exchange, buffer[filled:most], deadline)
+                    filled += _receive(exchange.response, buffer[filled:most])
                 length -= filled
                 whole = exact and length == 0
                 yield buffer[:filled]
@@ -154,29 +154,15 @@ class BlobRoute:
             exchange.response.close()
             self._over(exchange.connection, exchange.sock, keep=whole)
 
-    def _receive(self, exchange: _Exchange, view: memoryview, deadline: float) -> int:
-        """One recv's worth of body into `view`; never 0."""
-        exchange.sock.settimeout(self._timeout(self._options.span_timeout, deadline, exchange.until))
-        response = exchange.response
-        if response.chunked:
-            chunk = response.read1(len(view))
-            view[: len(chunk)] = chunk
-            count = len(chunk)
-        else:
-            count = response.fp.readinto1(view)
-        if not count:
-            raise ConnectionResetError("short body")
-        return count
-
     def _ask(self, wanted: Range, deadline: float) -> _Exchange:
         """The head of a 200 or 206 for this range, after authorization and redirects."""
         authorization = self._auth.header(self._scope)
         answers = 0
         url = self._target or self._home
         at_home = url == self._home
-        until = time.monotonic() + self._whole
+        until = min(deadline, time.monotonic() + self._whole)
         for _ in range(urls.MAX_REDIRECTS + 2 + MAX_ANSWERS):  # the hops, and an expired target
-            exchange = self._timed_send(url, wanted, authorization if at_home else None, deadline, until)
+            exchange = self._timed_send(url, wanted, authorization if at_home else None, until)
             status = exchange.response.status
             if status in (200, 206):
                 if not at_home:
@@ -208,22 +194,18 @@ class BlobRoute:
                 raise failures.refused(self._subject, status, body)
         raise Remote(f"{self._subject}: more than {urls.MAX_REDIRECTS} redirects; check the registry")
 
-    def _timed_send(
-        self, url: str, wanted: Range, authorization: str | None, deadline: float, until: float
-    ) -> _Exchange:
+    def _timed_send(self, url: str, wanted: Range, authorization: str | None, until: float) -> _Exchange:
         """_send, and how long it took until the head of the answer was here, or no answer was to be had."""
         started, operation = time.monotonic(), "remote_registry_get"
         try:
-            exchange = self._send(url, wanted, authorization, deadline, until)
+            exchange = self._send(url, wanted, authorization, until)
             if exchange.response.status in urls.REDIRECTS:
                 operation = "blob_redirect"
             return exchange
         finally:
             self._counters.duration(operation).observe((time.monotonic() - started) * 1000)
 
-    def _send(
-        self, url: str, wanted: Range, authorization: str | None, deadline: float, until: float
-    ) -> _Exchange:
+    def _send(self, url: str, wanted: Range, authorization: str | None, until: float) -> _Exchange:
         peer, target = self._parts(url)
         headers = {
             "Range": str(wanted),
@@ -234,20 +216,22 @@ class BlobRoute:
             headers.update(self._endpoint.headers)
         if authorization is not None:
             headers["Authorization"] = authorization
-        connection, reused = self._borrow(peer, deadline)
+        connection, reused = self._borrow(peer, until)
         patience = self._options.head_timeout or self._options.span_timeout
         while True:
             sock = None
             try:
+                connection.step, connection.until = patience, until
                 if connection.sock is None:
                     connection.connect()
                 sock = connection.sock
                 self._sockets.add(sock)
-                sock.settimeout(self._timeout(patience, deadline, until))
+                sock.settimeout(connection.patience())
                 connection.ask(target, headers)
                 response = connection.getresponse()
+                connection.step = self._options.span_timeout
                 self._pool.answered(connection)
-                return _Exchange(url, connection, sock, response, until)
+                return _Exchange(url, connection, sock, response)
             except (OSError, http.client.HTTPException) as error:
                 self._sockets.remove(sock)
                 stale = reused and not isinstance(error, TimeoutError) and not self._sockets.stopped.is_set()
@@ -261,12 +245,12 @@ class BlobRoute:
                 self._over(connection, sock, keep=False)
                 raise
 
-    def _borrow(self, peer: Peer, deadline: float) -> tuple[Connection, bool]:
-        dial = self._timeout(self._dial, deadline)
+    def _borrow(self, peer: Peer, until: float) -> tuple[Connection, bool]:
+        dial = max(min(self._dial, until - time.monotonic()), 0.001)
         try:
-            return self._pool.borrow(peer, dial, deadline, self._sockets.stopped)
+            return self._pool.borrow(peer, dial, until, self._sockets.stopped)
         except TimeoutError as error:
-            raise failures.unreachable(self._subject, error, peer.origin.place) from None
+            raise Transient(failures.unreachable(self._subject, error, peer.origin.place)) from None
 
     def _renewed(self, connection: Connection) -> Connection:
         try:
@@ -321,20 +305,13 @@ class BlobRoute:
             f"{self._subject}: {size} bytes there, not the {self._size} of its descriptor; check the registry's storage"
         )
 
-    def _timeout(self, most: float, deadline: float, until: float = float("inf")) -> float:
-        now = time.monotonic()
-        if deadline <= now:
-            raise failures.unreachable(self._subject, TimeoutError())
-        if until <= now:
-            raise TimeoutError("the request's time is over")
-        return min(most, deadline - now, until - now)
-
     def _forget(self, url: str) -> None:
         with self._lock:
             if self._target == url:
                 self._target = None
 
     def _discard(self, exchange: _Exchange) -> bytes:
+        exchange.connection.until = min(exchange.connection.until, time.monotonic() + _ERROR_SECONDS)
         try:
             body = exchange.response.read(_ERROR_BODY)
         except (OSError, http.client.HTTPException):
@@ -350,3 +327,16 @@ class BlobRoute:
             self._pool.give_back(connection)
         else:
             self._pool.drop(connection)
+
+
+def _receive(response: http.client.HTTPResponse, view: memoryview) -> int:
+    """One recv's worth of body into `view`; never 0."""
+    if response.chunked:
+        chunk = response.read1(len(view))
+        view[: len(chunk)] = chunk
+        count = len(chunk)
+    else:
+        count = response.fp.readinto1(view)
+    if not count:
+        raise ConnectionResetError("short body")
+    return count

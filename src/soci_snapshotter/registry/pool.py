@@ -7,12 +7,14 @@ that no more are kept open than are needed. A host's TLS session is remembered: 
 from __future__ import annotations
 
 import http.client
+import io
 import socket
 import ssl
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,6 +42,34 @@ class Peer:
     tls: Tls
 
 
+class _Timed(io.RawIOBase):
+    """A connection's socket to read from, which waits no longer than the connection's patience allows."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, connection: Connection) -> None:
+        self._raw = raw
+        self._sock = sock
+        self._connection = connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - whatever takes bytes
+        self._sock.settimeout(self._connection.patience())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer whose every byte, the head's too, is waited for with patience: one that drips comes to an end."""
+
+    def __init__(self, connection: Connection, sock: socket.socket, *, method: str | None = None) -> None:
+        super().__init__(sock, method=method)
+        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, connection))
+
+
 class Connection(http.client.HTTPConnection):
     """One connection, through a proxy where there is one. Methods raise OSError and http.client.HTTPException."""
 
@@ -55,7 +85,12 @@ class Connection(http.client.HTTPConnection):
     ) -> None:
         """`timeout` in seconds bounds each step of `connect`; `context` for https."""
         super().__init__(peer.origin.host, peer.origin.port, timeout=timeout)
+        self.response_class = partial(_Response, self)  # type: ignore[assignment]
         self.peer = peer
+        self.step = timeout
+        """Seconds between two pieces of an answer."""
+        self.until = float("inf")
+        """When the answer must be over (time.monotonic())."""
         self.context = context
         self.secured: ssl.SSLSocket | None = None
         """By TLS, and its session was not kept yet."""
@@ -69,6 +104,13 @@ class Connection(http.client.HTTPConnection):
     def place(self) -> str:
         """Whom the socket leads to, for people."""
         return self.peer.origin.place if self._proxy is None else f"the proxy {self._proxy}"
+
+    def patience(self) -> float:
+        """Seconds to wait for the next piece. TimeoutError when the request's time is over."""
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request's time is over")
+        return min(self.step, left)
 
     def connect(self) -> None:
         """Connect, through CONNECT and TLS as the peer needs it."""
@@ -105,7 +147,7 @@ class Connection(http.client.HTTPConnection):
         if proxy.authorization is not None:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
-        answer = http.client.HTTPResponse(sock, method="CONNECT")
+        answer = _Response(self, sock, method="CONNECT")
         try:
             answer.begin()
             if answer.status != 200:

@@ -47,6 +47,7 @@ Response: TypeAlias = urllib3.BaseHTTPResponse
 
 # Of an answer that is not wanted, as much is read as an error body may have, so that its connection can be kept.
 _ERROR_BODY = 64 << 10
+_ERROR_SECONDS = 2.0  # and a piece's timeout
 _PIECE = 256 << 10
 # Connections kept per host: as many layers and spans as are fetched at once.
 _POOL = 16
@@ -330,13 +331,16 @@ def read_pieces(response: Response, limit: int, subject: Subject, deadline: floa
 
 def discard(response: Response) -> bytes:
     """Read a small body so that the connection can be kept, close it if there is more; return what was read."""
+    body = b""
+    end = time.monotonic() + _ERROR_SECONDS
     try:
-        body = response.read(_ERROR_BODY)
-        if len(body) == _ERROR_BODY:
-            response.close()
+        while piece := response.read1(_ERROR_BODY - len(body)):
+            body += piece
+            if len(body) == _ERROR_BODY or time.monotonic() > end:
+                response.close()
+                break
     except (HTTPError, OSError):
         response.close()
-        return b""
     response.release_conn()
     return body
 
