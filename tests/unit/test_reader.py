@@ -69,9 +69,10 @@ class Source:
     """The first request stands before a piece."""
     group: str = "r.example.com"
     warmed: int = 0
+    closed: int = 0
 
     def close(self) -> None:
-        """Nothing to end."""
+        self.closed += 1
 
     def warm(self) -> None:
         self.warmed += 1
@@ -310,11 +311,14 @@ def test_a_whole_layer_is_read_at_once_until_the_disk_loses_a_mark(bench: Bench)
 
 
 def test_files_close_behind_the_last_flight(bench: Bench) -> None:
-    """A layer dropped while a flight is under way: nothing is closed before it ended, and no flight starts after."""
+    """A layer dropped while a flight is under way: nothing is closed before it ended, and no flight starts after. Its
+    request is not cut off, because somebody waits.
+    """
     closed = threading.Event()
     assert bench.reader.read(1, 0, 512) is None
     bench.reader.retire(closed.set)
     assert not closed.wait(0.2)
+    assert bench.source.closed == 0
     bench.source.gate.set()
     bench.kernel.wait(1)
     assert closed.wait(10)
@@ -463,10 +467,13 @@ def test_a_failed_range_is_no_readers_error(
 
 
 def test_files_close_behind_a_background_range(bench: Bench) -> None:
-    """A layer dropped under a range: the range ends at its next piece, then the files close, and none starts after."""
+    """A layer dropped under a range: its request is cut off, the range ends at its next piece at the latest, then the
+    files close, and none starts after.
+    """
     closed = threading.Event()
     behind = Behind(bench)
     bench.reader.retire(closed.set)
+    assert bench.source.closed == 1
     assert not closed.wait(0.1)
     bench.source.pieces.release(1)
     assert closed.wait(10)
