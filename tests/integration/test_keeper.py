@@ -1,22 +1,26 @@
 """The keeper: a killed daemon's readers wait a moment and get the right bytes."""
 
+import contextlib
 import hashlib
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from soci_snapshotter.errors import Precondition
+from soci_snapshotter.errors import Precondition, SociError
 from soci_snapshotter.formats.erofs import build_meta
 from soci_snapshotter.formats.toc import Entry
 from soci_snapshotter.formats.tree import build_tree
-from soci_snapshotter.linux import mounts
-from soci_snapshotter.serve import keeper_client
+from soci_snapshotter.linux import fusedev, mounts
+from soci_snapshotter.serve import keeper, keeper_client
 
 pytestmark = pytest.mark.root
 
@@ -172,3 +176,148 @@ def test_stop_and_small(run_dir: Path) -> None:
                 break
             time.sleep(0.02)
         assert keepers(run_dir) == []
+
+
+@contextlib.contextmanager
+def impostor(directory: Path, answer: bytes | None, kind: int = socket.SOCK_SEQPACKET) -> Iterator[None]:
+    """Somebody else listens on the keeper's socket: says `answer`, with a descriptor; None hangs."""
+    directory.mkdir(mode=0o700)
+    path = directory / keeper_client.SOCKET_NAME
+    with socket.socket(socket.AF_UNIX, kind) as listener, open("/dev/null", "rb") as spare:
+        listener.bind(str(path))
+        listener.listen(4)
+        listener.settimeout(1)
+        clients = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                client, _ = listener.accept()
+                clients.append(client)
+                client.recv(4096)
+                if answer is not None:
+                    socket.send_fds(client, [answer], [spare.fileno()] * 2)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for client in clients:
+                client.close()
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"\1N", "another protocol"),
+        (b"\x7fgarbage" * 100, "another protocol"),
+        (keeper.VERSION + b"Hshort", "FUSE_INIT answer of 5 bytes"),
+        (keeper.VERSION + b"?", "another protocol"),
+        (b"", "another protocol"),
+        (None, "does not answer"),
+    ],
+)
+def test_what_is_no_keeper(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, says: str
+) -> None:
+    """Another version, garbage or silence on the keeper's socket: one line that names it, no descriptor kept, and its
+    socket is left alone.
+    """
+    monkeypatch.setattr(keeper_client, "_TIMEOUT", 0.5)
+    with impostor(run_dir, answer):
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(SociError, match=says) as caught:
+            keeper_client.acquire(run_dir)
+        assert "\n" not in str(caught.value) and str(run_dir) in str(caught.value)
+        # The client's end that impostor() still holds is one more.
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+        assert (run_dir / keeper_client.SOCKET_NAME).exists()
+
+
+def test_a_socket_of_another_kind(run_dir: Path) -> None:
+    """A stream socket in the keeper's place is named, and left alone."""
+    with impostor(run_dir, b"", socket.SOCK_STREAM):
+        with pytest.raises(SociError, match="no keeper"):
+            keeper_client.acquire(run_dir)
+        assert (run_dir / keeper_client.SOCKET_NAME).exists()
+
+
+def test_a_silent_daemon_is_given_up(run_dir: Path) -> None:
+    """A holder that says nothing loses the connection at the deadline, though it has the descriptors; the next start is
+    a fresh one.
+    """
+    with keeper_client.acquire(run_dir, deadline=0.5) as connection:
+        assert connection.alive
+        wait_until(lambda: not connection.alive)
+        wait_until(lambda: not keepers(run_dir))
+    with keeper_client.acquire(run_dir) as connection:
+        assert connection.fresh
+
+
+def test_a_killed_keeper_is_replaced(run_dir: Path) -> None:
+    """The keeper is killed while the daemon lives: another one gets the same connection, and the next daemon has it."""
+    with keeper_client.acquire(run_dir) as connection, keeper_client.Watch(run_dir, connection):
+        [first] = keepers(run_dir)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: keepers(run_dir) not in ([], [first]))
+        wait_until(lambda: connection.held is not None)
+        device = connection.device
+    with keeper_client.acquire(run_dir) as connection:
+        assert (connection.fresh, connection.device) == (False, device)
+
+
+def test_both_killed(run_dir: Path) -> None:
+    """Without daemon and keeper nothing is held: the next start is a fresh one, with another keeper."""
+    with keeper_client.acquire(run_dir) as connection:
+        os.kill(keepers(run_dir)[0], signal.SIGKILL)
+        wait_until(lambda: not keepers(run_dir))
+    with keeper_client.acquire(run_dir) as connection:
+        assert connection.fresh
+
+
+def test_what_was_aborted_is_not_taken(run_dir: Path) -> None:
+    """A connection that an administrator aborted is thrown away with its keeper: the next start is a fresh one."""
+    with keeper_client.acquire(run_dir) as connection:
+        abort = fusedev.abort_file(connection.mount_fd)
+        assert abort is not None
+        os.write(abort, b"1")
+        os.close(abort)
+        assert not connection.alive
+    with keeper_client.acquire(run_dir) as connection:
+        assert connection.fresh and connection.alive
+        assert len(keepers(run_dir)) == 1
+
+
+def test_several_connections(run_dir: Path) -> None:
+    """A keeper holds as many connections as it is given names, for one daemon at a time, and mixes up none."""
+    with keeper_client.acquire(run_dir) as connection:
+        held = connection.held
+        assert held is not None
+        with open("/dev/null", "rb") as null, open("/dev/zero", "rb") as zero:
+            place = struct.pack("<dd", 60.0, 60.0) + b"\5other"
+            socket.send_fds(held, [keeper.VERSION + b"P" + place + b"answer"], [null.fileno(), zero.fileno()])
+            assert held.recv(16) == keeper.VERSION + b"K"
+    with keeper_client.acquire(run_dir) as connection:
+        assert not connection.fresh
+        held = connection.held
+        assert held is not None
+        held.send(keeper.VERSION + b"G\5other")
+        data, descriptors, _, _ = socket.recv_fds(held, 4096, 3)
+        assert data == keeper.VERSION + b"Hanswer"
+        assert [os.readlink(f"/proc/self/fd/{one}") for one in descriptors] == ["/dev/null", "/dev/zero"]
+        for one in descriptors:
+            os.close(one)
+        held.send(keeper.VERSION + b"G\4none")
+        assert held.recv(16) == keeper.VERSION + b"N"
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
+    """Poll for it."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -49,8 +49,12 @@ def acquire(
         channel = _connect(directory) or _start(directory)
         try:
             held = _take_over(directory, channel)
-            if held is not None:
+            if held is not None and held.alive:
                 return held
+            if held is not None:  # somebody aborted it
+                held.close()
+                stop(directory)
+                channel = _start(directory)
             connection = stored if stored is not None and stored.alive else fusedev.connect()
             try:
                 _hand_over(directory, channel, connection, deadline)
