@@ -38,6 +38,7 @@ from soci_snapshotter.policy.lazy import (
     LazyRequest,
     LocalLower,
     Usage,
+    is_lowest,
     ztoc_of,
 )
 from soci_snapshotter.policy.proof import DIFF_ID, Claim, claim_of
@@ -51,6 +52,7 @@ _DIGITS = 20  # beyond 64 bits it is no size
 SYNC_SECONDS = 30.0
 SYNC_BYTES = 64 << 20  # how much a power loss may cost: fetched again, never wrong (HOUSE.md, Durability)
 _LOOK_SECONDS = 1.0
+_SIDE_BY_SIDE = "containerd unpacks the image's layers side by side, and names no parent before Commit"
 _NO_CLAIM = "neither the chain nor the image's config says what the layer must be"
 _LAZY_ONLY = Eager()
 
@@ -107,6 +109,8 @@ class Lazy:
         return made
 
     def _prepare(self, request: LazyRequest, must: bool) -> LazyLayer | Declined | Failed:
+        if not request.parent_chain and not self._is_lowest(request):
+            return Declined(_SIDE_BY_SIDE)
         if self._rules.primary:
             return self._whole(request, None, Way.PARALLEL, Declined("parallel_pull_unpack is enabled"))
         try:
@@ -132,6 +136,17 @@ class Lazy:
             return made
         way = self._rules.without_index() if index is None and not must else Way.LOCAL
         return self._whole(request, index, way, made)
+
+    def _is_lowest(self, request: LazyRequest) -> bool:
+        """Whether a layer without a parent has none in its image either."""
+        said = is_lowest(request)
+        if said is not None:
+            return said
+        reference, manifest = references.parse(request.image_ref), digests.parse(request.manifest_digest)
+        layers = [str(layer.digest) for layer in self._images.manifest(reference, manifest)[1].layers]
+        if layers.count(request.layer_digest) == 1:
+            return layers[0] == request.layer_digest
+        return list(map(str, self._images.config(reference, manifest).diff_ids[:1])) == [request.target]
 
     def _lazily(self, request: LazyRequest, index: SociIndex | None) -> LazyLayer | Declined:
         reference = references.parse(request.image_ref)

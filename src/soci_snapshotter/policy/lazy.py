@@ -15,6 +15,10 @@ from ..formats.digest import Digest
 from ..formats.oci import Descriptor
 from ..formats.sociindex import SociIndex
 from .eager import Way
+from .proof import DIFF_ID
+
+# containerd 2.4's unpacker sets it above the lowest layer, beside DIFF_ID.
+PARENT_CHAIN_ID = "containerd.io/snapshot/parent-chain-id"
 
 
 @dataclass(frozen=True)
@@ -109,3 +113,17 @@ def ztoc_of(
     if ztoc is None:
         return Declined(f"the SOCI index has no ztoc for layer {layer}")
     return ztoc
+
+
+def is_lowest(request: LazyRequest) -> bool | None:
+    """Whether a layer that was asked for without a parent is the lowest of its image; None when no label says.
+
+    It is not where containerd unpacks layers side by side (capability rebase, from 2.2): their parents are named at
+    Commit. A snapshot that is committed at Prepare would never get its own.
+    """
+    if request.parent_chain:
+        return False
+    if request.labels.get(PARENT_CHAIN_ID):
+        return False
+    diff_id = request.labels.get(DIFF_ID)
+    return diff_id == request.target if diff_id else None
