@@ -9,10 +9,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from harness.badserver import Asked, BadServer, bad_server, reply
+from harness.proxy import Proxy
 from harness.registries import RunningRegistry
 from harness.tokenserver import TokenService, start_token_registry
 
@@ -64,11 +66,11 @@ class Reading:
 
 
 @pytest.fixture
-def reading() -> Iterator[Callable[[BadServer | RunningRegistry, Keychain], Reading]]:
+def reading() -> Iterator[Callable[[BadServer | RunningRegistry | Proxy, Keychain], Reading]]:
     """Opens readings, and closes them."""
     opened: list[RegistryClient | ConnectionPool] = []
 
-    def make(server: BadServer | RunningRegistry, keychain: Keychain) -> Reading:
+    def make(server: BadServer | RunningRegistry | Proxy, keychain: Keychain) -> Reading:
         client = RegistryClient(FAST, keychain)
         pool = ConnectionPool(FAST)
         opened.extend((pool, client))
@@ -79,7 +81,7 @@ def reading() -> Iterator[Callable[[BadServer | RunningRegistry, Keychain], Read
         each.close()
 
 
-Open = Callable[[BadServer | RunningRegistry, Keychain], Reading]
+Open = Callable[[BadServer | RunningRegistry | Proxy, Keychain], Reading]
 
 
 class Passwords:
@@ -270,33 +272,46 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningRe
         yield found
 
 
-@pytest.mark.parametrize("login", [LOGIN, ("", "MARKED-REFRESH")], ids=["password", "identity"])
+@pytest.mark.parametrize(
+    ("login", "count"),
+    [
+        pytest.param(LOGIN, 25, id="password"),
+        pytest.param(("", "MARKED-REFRESH"), 25, id="identity"),
+        pytest.param(LOGIN, 125, id="1000", marks=pytest.mark.slow),
+    ],
+)
 def test_many_reads_are_one_exchange(
-    tokens: tuple[RunningRegistry, TokenService], reading: Open, login: tuple[str, str]
+    tokens: tuple[RunningRegistry, TokenService], reading: Open, login: tuple[str, str], count: int
 ) -> None:
-    """8 threads, 4 layers, 200 ranges begun at once: the token service is asked once."""
+    """8 threads, 4 layers, 200 (or 1,000) ranges begun at once: the token service is asked once, and there are no more
+    connections than are configured."""
     registry, service = tokens
     before = len(service.asked)
-    first = reading(registry, Keychain([Provided(lambda _: login)]))
-    pool = ConnectionPool(FAST)
-    readers = [BlobReader(first.client, pool, first.reference, DIGEST, len(BLOB)) for _ in range(4)]
-    wrong: list[BaseException] = []
+    few = replace(FAST, connections=3)
+    with Proxy(registry.address) as proxy:
+        first = reading(proxy, Keychain([Provided(lambda _: login)]))
+        pool = ConnectionPool(few)
+        readers = [BlobReader(first.client, pool, first.reference, DIGEST, len(BLOB)) for _ in range(4)]
+        wrong: list[BaseException] = []
+        most = [0]
 
-    def some(reader: BlobReader) -> None:
-        try:
-            for start in range(0, 25 * 100, 100):
-                assert reader.read(start, start + 50, time.monotonic() + 60) == BLOB[start : start + 50]
-        except BaseException as error:
-            wrong.append(error)
+        def some(reader: BlobReader) -> None:
+            try:
+                for start in range(0, count * 100, 100):
+                    assert reader.read(start, start + 50, time.monotonic() + 60) == BLOB[start : start + 50]
+                    most[0] = max(most[0], proxy.connections)
+            except BaseException as error:
+                wrong.append(error)
 
-    threads = [threading.Thread(target=some, args=(readers[number % 4],)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    pool.close()
+        threads = [threading.Thread(target=some, args=(readers[number % 4],)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        pool.close()
     assert wrong == []
     assert len(service.asked) - before == 1
+    assert 1 <= most[0] <= 3
 
 
 def test_a_login_that_the_service_does_not_believe_gives_way(

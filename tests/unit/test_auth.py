@@ -6,7 +6,7 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -100,6 +100,14 @@ def challenged(
     return one.answer(scope, URL, field, rejected)
 
 
+def until(done: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 # --- exchanges ------------------------------------------------------------------------------------------------
 
 
@@ -133,11 +141,14 @@ def test_a_token_is_renewed_before_it_expires_and_without_a_401(clock: Clock) ->
     challenged(one)
     clock.now += 200
     assert one.header(SCOPE) == "Bearer t1"
+    assert len(service.asked) == 1
     clock.now += 80
-    assert one.header(SCOPE) == "Bearer t2"
+    assert one.header(SCOPE) == "Bearer t1"  # good for a while: nobody waits
+    until(lambda: one.header(SCOPE) == "Bearer t2")
     clock.now += 280
     service.fail = Transient(Remote("away"))
     assert one.header(SCOPE) == "Bearer t2"
+    until(lambda: len(service.asked) == 3)
     assert one.header(SCOPE) == "Bearer t2"
     assert len(service.asked) == 3  # not tried again at once
     clock.now += 20
@@ -156,6 +167,7 @@ def test_a_short_life_is_a_minute(clock: Clock) -> None:
     assert one.header(SCOPE) == "Bearer t1"
     clock.now += 20
     assert one.header(SCOPE) == "Bearer t2"
+    assert len(service.asked) == 2
 
 
 def test_grants_end_with_the_time_that_is_configured(clock: Clock) -> None:

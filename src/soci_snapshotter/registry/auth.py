@@ -11,6 +11,8 @@ asked again, and a login that was rejected is not used again for a while. So whi
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ from soci_snapshotter.registry.keychains import keychain
 from soci_snapshotter.registry.tokens import TOKEN_ANSWER_LIMIT, Asked, Scope, TokenFetcher, TokenRequest
 
 __all__ = ["MAX_ANSWERS", "TOKEN_ANSWER_LIMIT", "Authenticator", "Scope", "TokenFetcher", "TokenRequest"]
+
+_log = logging.getLogger(__name__)
 
 # Refusals of one request that are answered: two tokens by a login of each of the three sources.
 MAX_ANSWERS = 6
@@ -112,15 +116,24 @@ class Authenticator:
             if asked is None or not scope.repository:
                 return None
             alive = grant is not None and now < grant.expires
-            if grant is not None and alive and (now < grant.renew or scope in self._asking):
-                return grant.header
+            if grant is not None and alive:
+                due = now >= grant.renew and scope not in self._asking
+                # One thread is enough, and if it fails there is time for another try.
+                if due and state is not None:
+                    state.grant = replace(grant, renew=now + _RENEW_AGAIN)
         if grant is None or not alive:
             return self._obtain(scope, asked, _subject(scope), fresh=False)
+        if due:
+            # Beside, because whoever asks may have a reader waiting, and what it has is good.
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                threading.Thread(target=self._renew, args=(scope, asked), name="token", daemon=True).start()
+        return grant.header
+
+    def _renew(self, scope: Scope, asked: Asked) -> None:
         try:
-            return self._obtain(scope, asked, _subject(scope), fresh=False) or grant.header
-        except (SociError, Transient):
-            self._put_off(scope, grant)
-            return grant.header
+            self._obtain(scope, asked, _subject(scope), fresh=False)
+        except (SociError, Transient) as error:
+            _log.debug("token not renewed ahead of time", extra={"reason": str(error)})
 
     def forget(self, scope: Scope, rejected: str) -> None:
         """Drop the grant with this header, if it is still the current one, and remember whose it was."""
@@ -188,13 +201,6 @@ class Authenticator:
             }
             self._hosts.clear()
         return self._scopes.setdefault(scope, _State())
-
-    def _put_off(self, scope: Scope, grant: _Grant) -> None:
-        later = replace(grant, renew=time.monotonic() + _RENEW_AGAIN)
-        with self._lock:
-            state = self._scopes.get(scope)
-            if state is not None and state.grant is grant:
-                state.grant = later
 
     def _obtain(self, scope: Scope, asked: Asked, subject: Subject, *, fresh: bool) -> str | None:
         """A new grant's header, by this thread or by the one that is at it; None when nothing is left to try."""
