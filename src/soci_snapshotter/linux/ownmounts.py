@@ -14,6 +14,7 @@ from soci_snapshotter.linux.mounts import MountInfo
 
 _LAYER = re.compile(rb".*/m/[1-9][0-9]*")  # where a layer is mounted: <root>/m/<n>
 _RELATIVE = re.compile(rb"(m/)?[1-9][0-9]*")  # containerd shortens long lists of lowerdirs to these
+_OCTAL = re.compile(rb"\\([0-7]{3})")
 _META = re.compile(rb".*/meta-[0-9a-f]+\.erofs")  # what an EROFS mount without a loop device is made from
 
 
@@ -50,12 +51,16 @@ def _inside(path: bytes, directory: bytes) -> bool:
 
 
 def _lowerdirs(options: bytes) -> list[bytes]:
-    """Of an overlay's options: one lowerdir= of paths with colons between, or, since Linux 6.8, lowerdir+= each."""
+    """Of an overlay's options: one lowerdir= of paths with colons between, or, since Linux 6.8, lowerdir+= each.
+
+    The kernel writes commas, spaces and backslashes in octal (seq_show_option); a colon in a path has a backslash.
+    """
     found = []
-    for option in re.split(rb"(?<!\\),", options):
+    for option in options.split(b","):
         key, _, value = option.partition(b"=")
+        value = _OCTAL.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), value)
         if key == b"lowerdir":
-            found += [part for part in re.split(rb"(?<!\\):", value) if part]
+            found += [re.sub(rb"\\(.)", rb"\1", part) for part in re.split(rb"(?<!\\):", value) if part]
         elif key in {b"lowerdir+", b"datadir+"}:
             found.append(value)
-    return [re.sub(rb"\\(.)", rb"\1", os.path.normpath(one)) for one in found]
+    return [os.path.normpath(one) for one in found]
