@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,11 @@ def test_who_drips_is_left(answer: bytes) -> None:
             pytest.raises(Remote, match=f"r: blob {DIGEST}"),
         ):
             get(reader, seconds=0.3)
+        with (
+            reading(Endpoint("http", bad.host), options=replace(options, read_timeout=0.4)) as (_, client),
+            pytest.raises((Remote, Integrity), match=f"r: blob {DIGEST}"),
+        ):
+            client.fetch(REPO, Descriptor("application/x", DIGEST, 1000), 1000)
 
 
 def test_a_mirror_s_own_request_timeout() -> None:

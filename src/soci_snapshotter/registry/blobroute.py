@@ -226,10 +226,11 @@ class BlobRoute:
                     connection.connect()
                 sock = connection.sock
                 self._sockets.add(sock)
+                connection.until = min(until, time.monotonic() + patience)  # for the whole head
                 sock.settimeout(connection.patience())
                 connection.ask(target, headers)
                 response = connection.getresponse()
-                connection.step = self._options.span_timeout
+                connection.step, connection.until = self._options.span_timeout, until
                 self._pool.answered(connection)
                 return _Exchange(url, connection, sock, response)
             except (OSError, http.client.HTTPException) as error:

@@ -7,7 +7,6 @@ that no more are kept open than are needed. A host's TLS session is remembered: 
 from __future__ import annotations
 
 import http.client
-import io
 import socket
 import ssl
 import threading
@@ -23,6 +22,7 @@ from urllib3.util.ssltransport import SSLTransport
 from soci_snapshotter.formats.hosts import Tls
 from soci_snapshotter.registry.contexts import Contexts
 from soci_snapshotter.registry.options import Options
+from soci_snapshotter.registry.patience import Answer
 from soci_snapshotter.registry.proxies import Proxy
 from soci_snapshotter.registry.urls import Origin
 
@@ -42,34 +42,6 @@ class Peer:
     tls: Tls
 
 
-class _Timed(io.RawIOBase):
-    """A connection's socket to read from, which waits no longer than the connection's patience allows."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, connection: Connection) -> None:
-        self._raw = raw
-        self._sock = sock
-        self._connection = connection
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - whatever takes bytes
-        self._sock.settimeout(self._connection.patience())
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    """An answer whose every byte, the head's too, is waited for with patience: one that drips comes to an end."""
-
-    def __init__(self, connection: Connection, sock: socket.socket, *, method: str | None = None) -> None:
-        super().__init__(sock, method=method)
-        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, connection))
-
-
 class Connection(http.client.HTTPConnection):
     """One connection, through a proxy where there is one. Methods raise OSError and http.client.HTTPException."""
 
@@ -85,7 +57,7 @@ class Connection(http.client.HTTPConnection):
     ) -> None:
         """`timeout` in seconds bounds each step of `connect`; `context` for https."""
         super().__init__(peer.origin.host, peer.origin.port, timeout=timeout)
-        self.response_class = partial(_Response, self)  # type: ignore[assignment]
+        self.response_class = partial(Answer, self.patience)  # type: ignore[assignment]
         self.peer = peer
         self.step = timeout
         """Seconds between two pieces of an answer."""
@@ -147,7 +119,7 @@ class Connection(http.client.HTTPConnection):
         if proxy.authorization is not None:
             lines.append(f"Proxy-Authorization: {proxy.authorization}")
         sock.sendall("\r\n".join([*lines, "", ""]).encode())
-        answer = _Response(self, sock, method="CONNECT")
+        answer = Answer(self.patience, sock, method="CONNECT")
         try:
             answer.begin()
             if answer.status != 200:

@@ -36,6 +36,7 @@ from soci_snapshotter.registry.contexts import Contexts
 from soci_snapshotter.registry.credentials import CredentialProvider
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.options import Options
+from soci_snapshotter.registry.patience import patient
 from soci_snapshotter.registry.proxies import Proxy
 from soci_snapshotter.registry.urls import Origin
 from soci_snapshotter.registry.wire import Wire
@@ -257,7 +258,7 @@ class Session:
                 return known[1]
             if tls.skip_verify:
                 urllib3.disable_warnings(InsecureRequestWarning)  # the user asked for it; once is enough
-            pool = self._wire.attach(self._new_pool(context, proxy))
+            pool = self._wire.attach(patient(self._new_pool(context, proxy)))
             self._pools[tls, proxy] = context, pool
         if known is not None:
             known[1].clear()

@@ -15,9 +15,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connection import HTTPConnection
 
-from soci_snapshotter.registry import failures
+from soci_snapshotter.registry import failures, patience
 
 _HIDDEN = "(hidden)"
 _SHOWN = """
@@ -115,23 +115,23 @@ class Wire:
 def _traced_pools(tell: Tell) -> dict[str, Any]:
     """urllib3's pools with connections that say how they came about."""
 
-    class Plain(HTTPConnection):
+    class TracedPlain(patience.Plain):
         def connect(self) -> None:
             started = time.monotonic()
             super().connect()
             tell(_connected(self, started))
 
-    class Secure(HTTPSConnection):
+    class TracedSecure(patience.Secure):
         def connect(self) -> None:
             started = time.monotonic()
             super().connect()
             tell(_connected(self, started))
 
     class PlainPool(urllib3.HTTPConnectionPool):
-        ConnectionCls = Plain
+        ConnectionCls = TracedPlain
 
     class SecurePool(urllib3.HTTPSConnectionPool):
-        ConnectionCls = Secure
+        ConnectionCls = TracedSecure
 
     return {"http": PlainPool, "https": SecurePool}
 
