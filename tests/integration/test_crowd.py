@@ -71,6 +71,7 @@ def test_32_clients_want_one_chain() -> None:
         gone(node.daemon.root)
 
 
+@pytest.mark.slow
 def test_clients_of_two_namespaces_and_removals() -> None:
     """Pulled and removed over and over by two namespaces at once: every answer is right, and nothing is left."""
     with direct_node() as node:
