@@ -32,7 +32,7 @@ from soci_snapshotter.registry.urls import Repository
 BLOB = hashlib.shake_128(b"blob").digest(2 << 20)
 DIGEST = digests.sha256(BLOB)
 REPO = Repository("registry.invalid", "r")
-FAST = Options(retry=Retry(attempts=2, min_wait=0.01, patience=1.0), span_timeout=0.5, read_timeout=0.5)
+FAST = Options(retry=Retry(attempts=2, min_wait=0.01, patience=1.0), span_timeout=2, read_timeout=2)
 DEAD = Endpoint("http", "127.0.0.1:1", namespace=REPO.host)
 
 
@@ -244,7 +244,7 @@ def test_a_request_that_takes_too_long_is_replaced() -> None:
         whole = piece(asked)
         return Stalled(whole[:-600_000]) if asked.number == 0 else whole
 
-    options = Options(retry=FAST.retry, span_timeout=30, request_timeout=0.5)
+    options = Options(retry=Retry(attempts=8, min_wait=0.01), span_timeout=30, request_timeout=1)
     with bad_server(half) as home, reading(Endpoint("http", home.host), options=options) as (reader, _):
         assert get(reader, 0, 1 << 20) == BLOB[: 1 << 20]
     assert len(home.asked) == 2
@@ -262,9 +262,10 @@ def test_a_request_that_takes_too_long_is_replaced() -> None:
 )
 def test_who_drips_is_left(answer: bytes) -> None:
     """A byte now and then, in the head, the body or an error's body, is no answer: the request ends in its time."""
-    options = Options(retry=Retry(attempts=0), span_timeout=5, request_timeout=0.4)
+    options = Options(retry=Retry(attempts=0), span_timeout=5)
     with bad_server(lambda _: Dripped(answer)) as bad, bad_server(piece) as home:
-        with reading(mirror(bad), Endpoint("http", home.host), options=options) as (reader, _):
+        slow = replace(mirror(bad), request_timeout=0.4)
+        with reading(slow, Endpoint("http", home.host), options=options) as (reader, _):
             assert get(reader, seconds=20) == BLOB[100:5000]
         with (
             reading(Endpoint("http", bad.host), options=options) as (reader, _),
@@ -272,7 +273,7 @@ def test_who_drips_is_left(answer: bytes) -> None:
         ):
             get(reader, seconds=0.3)
         with (
-            reading(Endpoint("http", bad.host), options=replace(options, read_timeout=0.4)) as (_, client),
+            reading(replace(slow, namespace=""), options=options) as (_, client),
             pytest.raises((Remote, Integrity), match=f"r: blob {DIGEST}"),
         ):
             client.fetch(REPO, Descriptor("application/x", DIGEST, 1000), 1000)
