@@ -52,7 +52,7 @@ class Answer(http.client.HTTPResponse):
 class _Head:
     """Mixed into urllib3's connections: their timeout bounds the whole head. The body is the caller's to bound."""
 
-    sock: Any
+    timeout: Any
     _until: float | None = None
 
     def response_class(self, sock: socket.socket, *, method: str | None = None) -> Answer:
@@ -61,8 +61,8 @@ class _Head:
 
     def getresponse(self) -> Any:  # noqa: ANN401 - urllib3's
         """The head of the answer."""
-        seconds = self.sock.gettimeout()
-        self._until = None if seconds is None else time.monotonic() + seconds
+        seconds = self.timeout  # urllib3 has put the one for reading there
+        self._until = time.monotonic() + seconds if isinstance(seconds, int | float) else None
         try:
             return super().getresponse()  # type: ignore[misc]
         finally:
