@@ -256,12 +256,12 @@ def dump(config: Config) -> bytes:
 
 
 def _check(config: Config, name: str) -> None:
-    """What a type cannot say: durations and counts are not negative (negative max_concurrency is unlimited)."""
+    """What a type cannot say: durations and counts are not negative, but for those where that means no limit."""
     for section_name in ("http", "blob", "background_fetch", "snapshotter"):
         section = getattr(config, section_name)
         for field in section.__struct_fields__:
             value = getattr(section, field)
-            if isinstance(value, int) and value < 0:
+            if isinstance(value, int) and value < 0 and field != "max_queue_size":
                 raise ConfigError(f"{name}: {section_name}.{field} = {value}: must not be negative")
     if config.mount_timeout_sec < 0:
         raise ConfigError(f"{name}: mount_timeout_sec = {config.mount_timeout_sec}: must not be negative")
