@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ from soci_snapshotter.linux import cgroups, mounts
 
 pytestmark = pytest.mark.root
 
+FILES = 16
 SOURCE = Path(__file__).parents[2] / "src"
 # What systemd does between fork and exec: the descriptors it has go to 3 and up, with their names.
 LAUNCH = """
@@ -136,32 +138,43 @@ def daemon_as_it_was(rig: Rig) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def layout(rig: Rig) -> Layout:
-    """An image of 12 files, pulled."""
+    """An image of files that fill spans of their own, pulled."""
     directory = shell_rootfs(rig.base / "box")
-    for number in range(12):
-        (directory / f"file{number}").write_bytes(os.urandom(1 << 20))
+    for number in range(FILES):
+        (directory / f"file{number}").write_bytes(os.urandom(3 << 20))
     found = rig.publish("box", [layer_from_dir(directory)])
     rig.pull("box")
     return found
 
 
 @contextlib.contextmanager
-def reading(rig: Rig, root: Path, name: str) -> Iterator[None]:
-    """A cold file is being read when the block begins, and has been when it ends: every byte of it."""
+def reading(rig: Rig, root: Path) -> Iterator[None]:
+    """A cold file is waited for when the block begins, and has been read when it ends: every byte of it."""
+    script = "import sys; f = open(sys.argv[1], 'rb'); print('open', file=sys.stderr, flush=True)\n"
+    script += "sys.stdout.buffer.write(f.read())"
     rig.proxy.stall()
-    script = "import sys; sys.stdout.buffer.write(open(sys.argv[1], 'rb').read())"
-    reader = subprocess.Popen([sys.executable, "-c", script, str(root / name)], stdout=subprocess.PIPE)
-    try:
-        time.sleep(0.5)
-        rig.proxy.resume()
-        yield
-        data, _ = reader.communicate(timeout=60)
-        assert data == (rig.base / "box" / name).read_bytes()
-        assert reader.returncode == 0
-    finally:
-        rig.proxy.resume()
-        reader.kill()
-        reader.wait()
+    for number in range(FILES):  # some are here, read before or ahead
+        name = f"file{number}"
+        reader = subprocess.Popen(
+            [sys.executable, "-c", script, str(root / name)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        try:
+            assert reader.stderr is not None and reader.stderr.readline() == b"open\n"
+            waits = not select.select([reader.stdout], [], [], 1)[0]
+            if waits:
+                rig.proxy.resume()
+                yield
+            data, _ = reader.communicate(timeout=60)
+            assert data == (rig.base / "box" / name).read_bytes()
+            assert reader.returncode == 0
+            if waits:
+                return
+        finally:
+            reader.kill()
+            reader.communicate()
+            rig.proxy.resume()
+        rig.proxy.stall()
+    raise AssertionError("all files are here already")
 
 
 def fresh(rig: Rig) -> list[bool]:
@@ -210,7 +223,7 @@ def test_the_keeper_is_not_in_the_units_group(rig: Rig, layout: Layout, daemon_a
         [line] = [line for line in limits.splitlines() if line.startswith("Max open files")]
         assert line.split()[3] == line.split()[4]
         with rig.rootfs(layout, "soci") as root:
-            with reading(rig, root, "file0"):
+            with reading(rig, root):
                 killed = kill_group(procs)
                 assert rig.daemon.pid in killed and keeper not in killed
                 rig.daemon.process.wait()
@@ -238,7 +251,7 @@ def test_the_descriptor_store(
         rig.daemon.start()
         rig.reconnected()
         assert set(manager.stored) == {"soci-fuse", "soci-mount", "soci-state"}
-        with rig.rootfs(layout, "soci") as root, reading(rig, root, "file1"):
+        with rig.rootfs(layout, "soci") as root, reading(rig, root):
             keeper = keeper_of(rig)
             rig.daemon.kill()
             os.kill(keeper, signal.SIGKILL)
