@@ -25,7 +25,7 @@ from soci_snapshotter.layers.openlayer import Layer, LayerKey, Surroundings
 from soci_snapshotter.layers.proving import LOST, Prover, believed
 from soci_snapshotter.layers.shelf import Shelf
 from soci_snapshotter.store.content import ContentStore
-from soci_snapshotter.store.layerfiles import read_record, scan
+from soci_snapshotter.store.layerfiles import read_record, remove_empty, scan
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ class Restorer:
         self._lose(wanted, references)
         self._unmount_strays(mounted)
         self._shelf.points.sweep()
+        remove_empty(self._root)
 
     def released(self, number: int) -> None:
         """No row has the number of a lost layer any more: what is left of it goes with the last one."""

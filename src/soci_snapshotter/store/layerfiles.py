@@ -226,6 +226,15 @@ def scan(root: Path) -> Iterator[Path]:
             yield from _digest_directories(layer)
 
 
+def remove_empty(root: Path) -> None:
+    """Remove directories of layers that have no ztoc's directory: whoever removed the last was killed then."""
+    for layer in _digest_directories(root / "layers"):
+        try:
+            layer.rmdir()
+        except OSError:  # the rule: it is not empty
+            pass
+
+
 def _digest_directories(above: Path) -> list[Path]:
     """The directories in `above` that are named by a digest. Anything else is not ours, and left alone."""
     found = []
