@@ -411,7 +411,8 @@ def test_the_daemon_shows_no_secret(
         planted.check(text, where)
 
 
-@pytest.mark.parametrize("command", ["pull", "why"])
+# A pull gives up slowly; what it shows of a failure, `why` and the daemon show too.
+@pytest.mark.parametrize("command", [pytest.param("pull", marks=pytest.mark.slow), "why"])
 def test_the_cli_shows_no_secret(
     planted: Planted, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

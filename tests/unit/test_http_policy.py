@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from soci_snapshotter.errors import Integrity, Invalid
+from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import httpfields as fields
-from soci_snapshotter.policy.discovery import Source, sources
+from soci_snapshotter.policy.discovery import Source, candidates, sources
 from soci_snapshotter.policy.retry import Retry, is_transient
 from soci_snapshotter.policy.runs import join
 
@@ -91,10 +94,21 @@ def test_retry_after_is_obeyed_within_patience() -> None:
 
 
 def test_discovery_order() -> None:
-    """An explicit digest excludes the rest even with every mode off; v2 comes before v1."""
+    """An explicit digest excludes the rest even with every mode off; v2 comes before v1, and the tag, a part of v1, last."""
     assert sources("sha256:x", v1=False, v2=False) == (Source.EXPLICIT,)
     assert sources(None, v1=True, v2=True) == (Source.V2, Source.V1)
     assert sources(None, v1=False, v2=False) == ()
+    assert sources(None, v1=True, v2=True, tag=True) == (Source.V2, Source.V1, Source.TAG)
+    assert sources(None, v1=False, v2=True, tag=True) == (Source.V2,)
+
+
+@given(st.lists(st.integers(0, 30)), st.randoms())
+def test_the_order_of_candidates_is_no_registrys(numbers: list[int], random: Random) -> None:
+    """However indexes are listed, and how often, they are tried in one order, each once."""
+    listed = [digests.sha256(bytes([number])) for number in numbers]
+    order = candidates(listed)
+    random.shuffle(listed)
+    assert candidates(listed) == order == tuple(sorted(set(listed)))
 
 
 @given(st.sets(st.integers(0, 60)), st.integers(1, 40), st.data())
