@@ -94,7 +94,7 @@ def test_retry_after_is_obeyed_within_patience() -> None:
 
 
 def test_discovery_order() -> None:
-    """An explicit digest excludes the rest even with every mode off; v2 comes before v1, and the tag, a part of v1, last."""
+    """An explicit digest excludes the rest even with every mode off; v2 before v1; the tag, a part of v1, last."""
     assert sources("sha256:x", v1=False, v2=False) == (Source.EXPLICIT,)
     assert sources(None, v1=True, v2=True) == (Source.V2, Source.V1)
     assert sources(None, v1=False, v2=False) == ()
