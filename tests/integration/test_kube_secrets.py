@@ -92,8 +92,9 @@ def test_a_watch_that_ends_goes_on_from_its_version(api: KubeApi) -> None:
 
 
 @pytest.mark.parametrize("status", ["of the request", "in the stream"])
-def test_410_lists_anew(api: KubeApi, status: str) -> None:
-    """A version that is too old, however that is said: the list is made again, and what went meanwhile is gone."""
+def test_410_lists_anew(api: KubeApi, status: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A version that is too old, however that is said: the list is made again without a warning, for it is no fault,
+    and what went meanwhile is gone."""
     api.put("gone", secret("r.test", "gone"))
     api.put("kept", secret("r.test", "kept"))
     with synced(api) as source:
@@ -106,6 +107,7 @@ def test_410_lists_anew(api: KubeApi, status: str) -> None:
             api.send(json.dumps({"type": "ERROR", "object": {"kind": "Status", "code": 410}}).encode())
         until(lambda: source.lists > 1)
         until(lambda: users(source) == ["kept"])
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize(

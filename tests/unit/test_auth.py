@@ -458,3 +458,15 @@ def test_a_login_that_its_source_gave_up_is_not_used_any_more() -> None:
     assert one.header(SCOPE) == "Bearer t3"
     assert service.users == ["me", "me", ""]
     assert one.header(other) == "Bearer t2"
+
+
+def test_another_host_in_the_middle_of_an_upload_gets_nothing() -> None:
+    """A scope without a repository is a place that the registry sent us to: its challenge is not answered."""
+    service, source = Service(), Source(ME)
+    one = made(service, source, shared=True)
+    challenged(one)
+    away = Scope(HOST, "", "")
+    assert one.answer(away, URL, BEARER, None) is None
+    assert one.answer(away, URL, 'Basic realm="x"', None) is None
+    assert one.header(away) is None
+    assert len(service.asked) == 1
