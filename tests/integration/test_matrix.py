@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import cri
+from harness.containerdrig import documented
 from harness.containerds import RELEASES
 from harness.images import Layer, layer_from_dir, layer_from_tar, shell_rootfs
 from harness.lazyrig import Rig
@@ -197,6 +198,47 @@ def test_160_layers(matrix: Matrix, tmp_path: Path) -> None:
     assert rig.containerd.ctr(*run).stdout == "159\nlayer 1\nlayer 80\n"
     rig.containerd.ctr("images", "rm", "--sync", name)
     matrix.assert_nothing_left()
+
+
+@pytest.mark.parametrize("version", versions(only=("2.2", "2.4")))
+@pytest.mark.parametrize("index", [False, True])
+def test_unpacked_side_by_side(version: str, index: bool, tmp_path: Path) -> None:
+    """With the capability rebase containerd unpacks layers in parallel and names their parents at Commit.
+
+    From 2.4 on the root file system is the image's then too, with an index or without; before, the pull is refused.
+    """
+    text = documented("containerd 2.x").replace(
+        '  type = "snapshot"\n', '  type = "snapshot"\n  capabilities = ["rebase"]\n'
+    )
+    first, transfer = '[[plugins."io.containerd.transfer', '[plugins."io.containerd.transfer.v1.local"]'
+    text = text.replace(first, f"{transfer}\n  max_concurrent_unpacks = 4\n\n{first}", 1)
+    stack = [layer_from_dir(shell_rootfs(tmp_path / "0", PROGRAMS))]
+    for number in range(1, 6):
+        layer = tmp_path / str(number)
+        layer.mkdir()
+        (layer / "top").write_text(f"{number}\n")
+        (layer / f"file-{number}").write_text(f"layer {number}\n")
+        if number > 1:
+            (layer / f".wh.file-{number - 1}").touch()
+        stack.append(layer_from_dir(layer))
+    with node(version, text=text, extra='\n[debug]\n  level = "debug"\n') as rig:
+        name = rig.name("side")
+        rig.publish("side", stack, index=index)
+        pull = ("images", "pull", "--plain-http", "--snapshotter", "soci", name)
+        if version == "2.2":
+            done = rig.containerd.ctr(*pull, check=False)
+            assert done.returncode != 0
+            assert "take the capability rebase out" in done.stderr
+            return
+        rig.containerd.ctr(*pull)
+        assert "parallel=true" in rig.containerd.log_path.read_text()
+        # What has no parent in the image, and only that, can be lazy.
+        assert rig.lazy_layers() == (1 if index else 0)
+        script = "/bin/cat /top /file-5; for name in /file-*; do echo $name; done"
+        run = ("run", "--rm", "--snapshotter", "soci", name, "side", "/bin/sh", "-c", script)
+        assert rig.containerd.ctr(*run).stdout == "5\nlayer 5\n/file-5\n"
+        rig.containerd.ctr("images", "rm", "--sync", name)
+        Matrix(rig, version, (stack[0], stack[1])).assert_nothing_left()
 
 
 def findings(rig: Rig) -> list[Finding]:

@@ -83,6 +83,14 @@ def check_proxy(tree: Tree, wanted: Wanted) -> Finding:
     if address != wanted.address:
         found = f"{wanted.file}: {where} address is {address}, the daemon's socket {wanted.address}"
         return problem(name, found, *proxy_lines(wanted), f"or start the daemon with: --address {address}")
+    capabilities = section.get("capabilities")
+    if isinstance(capabilities, list) and "rebase" in capabilities:
+        return warning(
+            name,
+            f"{wanted.file}: {where} capabilities has rebase: layers unpacked in parallel are not lazy",
+            f'in {wanted.file}: take "rebase" out of capabilities in {where}',
+            f"then: {RESTART}",
+        )
     return ok(name, f"{wanted.file}: {where} address is {address}")
 
 

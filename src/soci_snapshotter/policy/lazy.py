@@ -15,6 +15,7 @@ from ..formats.digest import Digest
 from ..formats.oci import Descriptor
 from ..formats.sociindex import SociIndex
 from .eager import Way
+from .prepare import TARGET
 from .proof import DIFF_ID
 
 # containerd 2.4's unpacker sets it above the lowest layer, beside DIFF_ID.
@@ -121,9 +122,12 @@ def is_lowest(request: LazyRequest) -> bool | None:
     It is not where containerd unpacks layers side by side (capability rebase, from 2.2): their parents are named at
     Commit. A snapshot that is committed at Prepare would never get its own.
     """
-    if request.parent_chain:
+    if request.parent_chain or side_by_side(request.labels):
         return False
-    if request.labels.get(PARENT_CHAIN_ID):
-        return False
-    diff_id = request.labels.get(DIFF_ID)
-    return diff_id == request.target if diff_id else None
+    return True if request.labels.get(DIFF_ID) else None
+
+
+def side_by_side(labels: Mapping[str, str]) -> bool:
+    """Whether the labels of a snapshot without a parent say that its layer has one: 2.4's do, those of 2.2 do not."""
+    diff_id = labels.get(DIFF_ID)
+    return bool(labels.get(PARENT_CHAIN_ID)) or (diff_id is not None and diff_id != labels.get(TARGET))

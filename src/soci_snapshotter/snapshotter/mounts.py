@@ -25,16 +25,21 @@ class Stack:
     upper: str
     work: str
     lowers: tuple[str, ...]
+    rebased: bool = False
+    """Its parent is named at Commit, and until then the layer is unpacked alone."""
 
 
 def mounts(stack: Stack, overlay_options: Sequence[str] = ()) -> tuple[Mount, ...]:
     """Without parents, or for a view of one, a bind mount (overlayfs wants two layers); else an overlay.
 
     Of equal lowerdirs the topmost stays: overlayfs refuses a repeated one with ELOOP, and what lies below an
-    equal layer is hidden by it.
+    equal layer is hidden by it. What will be rebased is an overlay all the same, of which containerd takes the upper
+    directory: in a bind mount it would carry whiteouts out, and leave none for the layers below.
     """
     lowers = tuple(dict.fromkeys(stack.lowers))
     view = stack.kind == Kind.VIEW
+    if not lowers and stack.rebased and not view:
+        return (Mount("overlay", "overlay", (f"workdir={stack.work}", f"upperdir={stack.upper}")),)
     if not lowers:
         return (Mount("bind", stack.upper, ("ro" if view else "rw", "rbind")),)
     if view and len(lowers) == 1:

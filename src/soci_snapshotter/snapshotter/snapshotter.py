@@ -19,6 +19,7 @@ from ..errors import AlreadyExists, Integrity, NotFound, Precondition, Remote, S
 from ..formats import snapfilter
 from ..policy import prepare as policy
 from ..policy.idmaps import IdMap, id_map
+from ..policy.lazy import side_by_side
 from ..policy.proof import Claim, claim_of
 from ..store.snapshots import Kind, Link, Snapshot, SnapshotStore
 from .directories import Directories
@@ -162,6 +163,12 @@ class Snapshotter:
         row = self._store.get(key)
         if row.kind != Kind.ACTIVE:
             raise Precondition(f"cannot commit snapshot {key!r}: it is not active")
+        if parent and not row.parent and not side_by_side(row.labels):
+            # It was unpacked on a bind mount: its whiteouts are lost.
+            raise Precondition(
+                f"cannot commit snapshot {key!r} on {parent!r}: nothing said at Prepare that it has a parent; take"
+                " the capability rebase out of containerd's [proxy_plugins], or use containerd 2.4 or newer"
+            )
         usage = self._directories.usage(row.id)
         _, returned = self._store.commit(key, name, labels, usage, parent)
         self._mapped.remove(row.id)
@@ -339,7 +346,8 @@ class Snapshotter:
                 raise
         directories = self._directories
         texts = tuple(os.fsdecode(path) for path in lowers)
-        stack = Stack(row.kind, directories.upper(row.id), directories.work(row.id), texts)
+        rebased = not row.parent and side_by_side(row.labels)
+        stack = Stack(row.kind, directories.upper(row.id), directories.work(row.id), texts, rebased)
         return mounts(stack, self._overlay_options)
 
     def _lower(self, link: Link) -> Lower:
