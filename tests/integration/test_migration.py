@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness.containerd import start_containerd, unmount_below
+from harness.containerd import start_containerd
 from harness.containerds import Unavailable, binaries
 from harness.daemon import CONFIG, Daemon
 from harness.godaemon import GoDaemon, as_go_root, build_go_daemon, fuse_mount, lazy_directories
@@ -168,7 +168,7 @@ def test_a_mount_that_is_alive(rig: Rig, tmp_path: Path) -> None:
 
 
 @contextmanager
-def _go_node(base: Path) -> Iterator[tuple[Rig, GoDaemon]]:
+def _go_node() -> Iterator[tuple[Rig, GoDaemon]]:
     """A node with the real Go daemon, which needs a containerd that says the namespace (1.7 and later)."""
     try:
         programs = binaries("2.1")
@@ -197,16 +197,15 @@ def _go_node(base: Path) -> Iterator[tuple[Rig, GoDaemon]]:
             if getattr(ours, "process", None) is not None and ours.process.poll() is None:
                 ours.stop()
             keeper_client.stop(socket.parent)
-            unmount_below(base)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda each: each.name)
 def test_there_and_back(tmp_path: Path, how: signal.Signals) -> None:
-    """The real Go daemon, ended in every way; ours on its root; and back again, with what was pulled before."""
+    """The real Go daemon, ended in every way; ours on its root; back, with what was pulled before; and ours again."""
     lazy, digest = _layer(tmp_path, "lazy")
     local, _ = _layer(tmp_path, "local")
-    with _go_node(tmp_path) as (rig, go):
+    with _go_node() as (rig, go):
         rig.publish("lazy", [lazy, local])
         rig.publish("local", [local], index=False)
         rig.pull("lazy")
@@ -239,4 +238,12 @@ def test_there_and_back(tmp_path: Path, how: signal.Signals) -> None:
         assert _start(rig, "c-local") == "/local\n"
         assert _start(rig, "c-lazy") == f"{digest}  /lazy\n"
         go.stop(signal.SIGINT)
+        with pytest.raises(RuntimeError, match="was changed by the Go daemon after it was imported"):
+            rig.daemon.start()
+        rig.daemon.process.wait()
+        for path in (rig.daemon.root / "snapshotter").glob("metadata.sqlite*"):
+            path.unlink()
         rig.daemon.start()
+        rig.reconnected()
+        assert _listed(rig) == before
+        assert _start(rig, "c-lazy") == f"{digest}  /lazy\n"
