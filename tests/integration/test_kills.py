@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harness.daemon import CONFIG
 from harness.images import Layout, layer_from_dir, layer_from_tar, shell_rootfs
 from harness.lazyrig import Rig, lazy_rig
 from harness.proxy import Proxy, parse_link
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.root
 
 SOURCE = Path(__file__).parents[2] / "src"
 TREE_FILES = 300
+ON_DEMAND = "[background_fetch]\ndisable = true\n" + CONFIG
 # Reads the big file and the tree again and again, each time past the page cache; one line of JSON a round.
 READER = """
 import hashlib, json, os, signal, sys, time
@@ -185,7 +187,7 @@ main.main()
 @contextlib.contextmanager
 def impatient(seconds: float) -> Iterator[Rig]:
     """A node whose keeper waits so many seconds."""
-    with lazy_rig() as found:
+    with lazy_rig(ON_DEMAND) as found:
         found.daemon.stop()
         found.daemon.program = ("-c", IMPATIENT.format(seconds=seconds))
         found.daemon.start()
@@ -212,7 +214,7 @@ def test_a_daemon_that_is_gone() -> None:
 @pytest.mark.timeout(1200)
 def test_ten_minutes_without_a_daemon() -> None:
     """The same with the keeper's own deadline, two minutes, and df for ten."""
-    with lazy_rig() as rig:
+    with lazy_rig(ON_DEMAND) as rig:
         left_alone(rig, hang=True, patience=180, longer=600)
 
 

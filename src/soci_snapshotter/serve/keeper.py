@@ -165,9 +165,8 @@ def main(arguments: list[str]) -> None:
     """Leave the daemon's process tree and control group, and serve."""
     for path in arguments[3:]:
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            os.write(descriptor, b"0")  # the writer itself
-            os.close(descriptor)
+            with open(path, "wb", 0) as group:
+                group.write(b"0")  # the writer itself
         except OSError:  # the daemon looks where the keeper is, and says so
             pass
     ready, said = os.pipe()
