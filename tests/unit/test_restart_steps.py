@@ -70,8 +70,8 @@ def cut_off(top: Path, step: int, begin: Callable[[World], None], work: Callable
 
         for name in CHANGES:
             setattr(os, name, counted(getattr(os, name)))
-        world.mounter.mount = counted(world.mounter.mount)  # type: ignore[method-assign]
-        world.mounter.unmount = counted(world.mounter.unmount)  # type: ignore[method-assign]
+        for name in ("mount", "unmount"):
+            setattr(world.mounter, name, counted(getattr(world.mounter, name)))
         work(world)
         os._exit(0)
     except BaseException:
