@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -501,6 +502,18 @@ def test_a_call_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(returning, "WAIT_SECONDS", 20.0)
         assert snapshotter.mounts("default/9/container")
         assert len(layers.requests) == 2
+
+
+def test_a_call_that_waits_ends_with_the_daemon(tmp_path: Path) -> None:
+    """A daemon that stops does not wait for a layer: the call is UNAVAILABLE."""
+    layers = Layers()
+    with _migrated(tmp_path, layers) as snapshotter, ThreadPoolExecutor(1) as calls:
+        with snapshotter.returning():
+            call = calls.submit(snapshotter.mounts, "default/9/container")
+            _eventually(call.running)
+            threading.Timer(1.0, layers.gate.set).start()  # flights under way are given a moment
+        with pytest.raises(Remote):
+            raise call.exception(20) or AssertionError
 
 
 def test_removed_while_it_returns(tmp_path: Path) -> None:

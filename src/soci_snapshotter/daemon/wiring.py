@@ -281,7 +281,7 @@ def _serving(
     `stopping` ends calls that may take long.
     """
     address.unlink(missing_ok=True)
-    with snapshotter.returning(), ThreadPoolExecutor(RPC_THREADS, "rpc") as pool:
+    with ThreadPoolExecutor(RPC_THREADS, "rpc") as pool, snapshotter.returning():
         server = grpc.server(pool, options=[("grpc.max_receive_message_length", MAX_MESSAGE)])
         add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
         if logins.cri is not None:

@@ -10,7 +10,9 @@ Stands between the snapshotter and whoever makes lazy layers: numbers below 0 (s
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -140,13 +142,17 @@ class Returning:
     def _wait(self, mount_id: int, seconds: float | None) -> LazyLayer:
         """The layer of a pending row. Raises Remote when it does not return in time."""
         flight = self._flight(mount_id)
-        try:
-            return flight.result(seconds)
-        except TimeoutError:
-            key = self._key(-mount_id) or str(-mount_id)
-            raise Remote(
-                f"snapshot {key!r}, lazy under the Go daemon, is still returning: try again; is its registry slow?"
-            ) from None
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                return flight.result(min(left, _LOOK_SECONDS))
+            except TimeoutError:
+                if self._ending.is_set():
+                    raise Remote("the daemon is stopping") from None
+        key = self._key(-mount_id) or str(-mount_id)
+        raise Remote(
+            f"snapshot {key!r}, lazy under the Go daemon, is still returning: try again; is its registry slow?"
+        )
 
     def _flight(self, mount_id: int) -> Future[LazyLayer]:
         """The try under way, or a new one; done at once for a layer that is back."""
