@@ -87,8 +87,11 @@ class _Gone(Exception):
     """The resource version is too old: list again."""
 
 
+_STOP_SECONDS = 2.0  # what a thread that notices needs, many times over
+
+
 class KubeSecrets:
-    """The secrets that `path`, a kubeconfig, gives access to. A context manager; its thread never ends before it does.
+    """The secrets that `path`, a kubeconfig, gives access to. A context manager; its thread ends with it, or with the process.
 
     A kubeconfig that is not there yet is waited for: an API server may run on this very node, after us.
     """
@@ -117,7 +120,8 @@ class KubeSecrets:
                 with contextlib.suppress(OSError):
                     # Not SSLSocket's own: that would take the session away from the thread that reads.
                     socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
-        self._thread.join()
+        # An answer that ends with its connection has no socket to be shut: the thread ends with the process then.
+        self._thread.join(_STOP_SECONDS)
 
     def logins(self, host: str, repository: str, *, fresh: bool = False) -> Iterator[Login]:
         """What the secrets have, in the order of namespace and name."""
