@@ -246,7 +246,7 @@ def test_a_row_whose_mount_the_record_does_not_know(two: Two) -> None:
 
 
 def test_a_release_that_another_process_heard_of(two: Two) -> None:
-    """A layer without mounts that nobody has open goes at the start; one that somebody has open stays until it is closed."""
+    """A layer without mounts that nobody has open goes at the start; one that is open stays until it is closed."""
     world = two.world
     nodes = {key: layer.record.node_id for layer in world.layers.all_layers() for key in [layer.key]}
     world.book.rows = []

@@ -91,7 +91,7 @@ _STOP_SECONDS = 2.0  # what a thread that notices needs, many times over
 
 
 class KubeSecrets:
-    """The secrets that `path`, a kubeconfig, gives access to. A context manager; its thread ends with it, or with the process.
+    """The secrets that `path`, a kubeconfig, gives access to. A context manager; its thread ends with it, or the process.
 
     A kubeconfig that is not there yet is waited for: an API server may run on this very node, after us.
     """
