@@ -28,7 +28,8 @@ def background_rules(config: Config) -> Rules:
         silence = said.silence_period_msec / 1000
         patience = max(patience, 10 * silence)
     other_period = said.fetch_period_msec not in (0, _UNSET.fetch_period_msec)
-    other_queue = said.max_queue_size > 0 and said.max_queue_size != _UNSET.max_queue_size  # negative: no bound
+    # Negative: no bound.
+    other_queue = said.max_queue_size > 0 and said.max_queue_size != _UNSET.max_queue_size
     return Rules(
         silence=silence,
         patience=patience,
