@@ -145,7 +145,7 @@ def running(
             Background(layers.layers, pool, background_rules(config), enabled=not off, counters=counters)
         )
         prefetcher = stack.enter_context(Prefetcher(client, enabled=config.prefetch.enable))
-        resolver = _resolver(config, client, counters)
+        resolver = _resolver(config, client, counters, images)
         rules = eager_rules(config)
         lazy = Lazy(
             layers,
@@ -260,7 +260,7 @@ def _snapshotter(
     return snapshotter
 
 
-def _resolver(config: Config, client: RegistryClient, counters: Counters) -> IndexResolver:
+def _resolver(config: Config, client: RegistryClient, counters: Counters, images: Images) -> IndexResolver:
     modes = config.pull_modes
     return IndexResolver(
         client,
@@ -269,6 +269,7 @@ def _resolver(config: Config, client: RegistryClient, counters: Counters) -> Ind
         tag=modes.soci_v1.index_tag,
         entries=config.resolve_result_entry or DEFAULT_CACHE,
         counters=counters,
+        images=images,
     )
 
 

@@ -109,7 +109,13 @@ class Lazy:
         return made
 
     def _prepare(self, request: LazyRequest, must: bool) -> LazyLayer | Declined | Failed:
-        if not request.parent_chain and not self._is_lowest(request):
+        try:
+            lowest = bool(request.parent_chain) or self._is_lowest(request)
+        except SociError as error:
+            if not self._rules.primary:
+                raise
+            return Failed(error)
+        if not lowest:
             return Declined(_SIDE_BY_SIDE)
         if self._rules.primary:
             return self._whole(request, None, Way.PARALLEL, Declined("parallel_pull_unpack is enabled"))

@@ -8,13 +8,13 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
-from soci_snapshotter.errors import Integrity, NotFound, Remote
+from soci_snapshotter.errors import NotFound, Remote
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci, sociindex
 from soci_snapshotter.formats.digest import Digest
-from soci_snapshotter.formats.oci import Manifest
 from soci_snapshotter.formats.reference import Reference
 from soci_snapshotter.formats.sociindex import SociIndex
+from soci_snapshotter.layers.images import Images
 from soci_snapshotter.layers.turns import Turns
 from soci_snapshotter.policy.counters import Counters
 from soci_snapshotter.policy.discovery import Source, candidates, sources
@@ -70,8 +70,10 @@ class IndexResolver:
         tag: bool = False,
         entries: int = DEFAULT_CACHE,
         counters: Counters | None = None,
+        images: Images | None = None,
     ) -> None:
         self._client = client
+        self._images = Images(client) if images is None else images
         self._v1, self._v2, self._tag = v1, v2, tag
         self._entries = entries
         self._counters = Counters() if counters is None else counters
@@ -103,7 +105,9 @@ class IndexResolver:
 
     def _look(self, reference: Reference, image: Image) -> SociIndex | None:
         started = time.monotonic()
-        found = look(self._client, reference, image, v1=self._v1, v2=self._v2, tag=self._tag)
+        found = look(
+            self._client, reference, image, v1=self._v1, v2=self._v2, tag=self._tag, images=self._images
+        )
         for step in found.steps:
             if step.note:
                 _log.info("SOCI index: %s", step.note, extra={"image": str(reference)})
@@ -116,15 +120,26 @@ class IndexResolver:
 
 
 def look(
-    client: RegistryClient, reference: Reference, image: Image, *, v1: bool, v2: bool, tag: bool = False
+    client: RegistryClient,
+    reference: Reference,
+    image: Image,
+    *,
+    v1: bool,
+    v2: bool,
+    tag: bool = False,
+    images: Images | None = None,
 ) -> Found:
-    """Look for the image's index once, and say how it went. Raises as IndexResolver.index_for."""
+    """Look for the image's index once, and say how it went. Raises as IndexResolver.index_for.
+
+    `images`: where manifests are remembered.
+    """
+    images = Images(client) if images is None else images
     steps: list[Step] = []
     index: SociIndex | None = None
     for source in sources(image.explicit, v1=v1, v2=v2, tag=tag):
         named = image.explicit
         if source is Source.V2:
-            named = _annotated(client, reference, image.manifest)
+            named = _annotated(images, reference, image.manifest)
         elif source is not Source.EXPLICIT:
             if source is Source.V1:
                 step, index = _referring(client, reference, image.manifest, refusable=tag)
@@ -197,10 +212,7 @@ def _fetch(client: RegistryClient, reference: Reference, digest: Digest) -> Soci
     return sociindex.decode(client.fetch(reference, described, oci.MANIFEST_LIMIT))
 
 
-def _annotated(client: RegistryClient, reference: Reference, digest: Digest) -> Digest | None:
-    described = client.resolve(reference.with_digest(digest))
-    manifest = oci.decode_manifest(client.fetch(reference, described, oci.MANIFEST_LIMIT))
-    if not isinstance(manifest, Manifest):
-        raise Integrity(f"{reference}: {digest} is an index, not the manifest of an image")
+def _annotated(images: Images, reference: Reference, digest: Digest) -> Digest | None:
+    _, manifest = images.manifest(reference, digest)
     text = manifest.annotations.get(sociindex.INDEX_DIGEST)
     return digests.parse(text) if text else None
