@@ -140,7 +140,10 @@ def gone(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("containers", "images"),
-    [(12, 3), pytest.param(100, 10, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+    [
+        pytest.param(12, 3, marks=pytest.mark.slow),
+        pytest.param(100, 10, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
 )
 def test_containers_start_while_images_come_and_go(containers: int, images: int, shell: Layer) -> None:
     """Containers of several images start at once while images are removed and pulled again: each reads the right bytes,

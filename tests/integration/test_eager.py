@@ -400,7 +400,9 @@ def test_blobs_go_to_containerd() -> None:
         rig.containerd.ctr("images", "export", str(rig.base / "exported.tar"), rig.name("kept"))
 
 
-@pytest.mark.parametrize("program", ["/usr/bin/unpigz", "/usr/bin/igzip"])
+@pytest.mark.parametrize(
+    "program", ["/usr/bin/unpigz", pytest.param("/usr/bin/igzip", marks=pytest.mark.slow)]
+)
 def test_external_decompressors(program: str) -> None:
     """The rootfs is the same when another program decompresses; without a ztoc the next pull fetches all again."""
     table = "[pull_modes.parallel_pull_unpack.decompress_streams.gzip]"

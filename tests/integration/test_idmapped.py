@@ -83,7 +83,7 @@ def rootfs(rig: Rig, chain: str, labels: dict[str, str] = LABELS) -> Iterator[Pa
     snapshots = ("snapshots", "--snapshotter", "soci")
     try:
         with ContainerdClient(rig.containerd.address) as client:
-            client.snapshots("soci").prepare(key, chain, labels)
+            client.snapshots("soci").prepare(key, chain, {**labels, "containerd.io/gc.root": "test"})
         script = rig.containerd.ctr(*snapshots, "mounts", str(target), key).stdout
         subprocess.run(["sh", "-c", script], check=True)
         yield target

@@ -195,6 +195,7 @@ def impatient(seconds: float) -> Iterator[Rig]:
         yield found
 
 
+@pytest.mark.slow
 def test_a_daemon_that_hangs() -> None:
     """The daemon is stopped (SIGSTOP): a container that waits for bytes is killed and removed, df and sync return, and
     after the keeper's deadline other readers get an error; let go on, the daemon says so and ends, and the next serves.

@@ -143,6 +143,7 @@ def test_an_index_that_is_gone(rig: Rig, tmp_path: Path) -> None:
     assert _start(rig, "c") == f"{digest}  /lazy\n"
 
 
+@pytest.mark.slow
 def test_a_mount_that_is_alive(rig: Rig, tmp_path: Path) -> None:
     """While a FUSE mount of the Go daemon's still has its process the start is refused in one line, and it stays."""
     lazy, _ = _layer(tmp_path, "lazy")

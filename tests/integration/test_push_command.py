@@ -271,7 +271,9 @@ def test_a_converted_image_with_a_layer_nowhere_names_it(soci: Soci, rig: Rig) -
         client.resolve(reference.parse(name))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=["interrupt", "kill"]
+)
 def test_an_interrupted_push_leaves_nothing_visible(soci: Soci, rig: Rig, how: signal.Signals) -> None:
     """Stopped in the middle of a ztoc: no index in the registry, no wait for the upload; pushing again completes it."""
     with Proxy(rig.plain.address, link=parse_link("1ms,40kbit")) as slow:
