@@ -11,10 +11,10 @@ from pathlib import Path
 
 import grpc
 
+from harness.stubs import cri_runtime_pb2 as runtime_pb
+from harness.stubs.cri_runtime_pb2_grpc import RuntimeServiceStub
 from soci_snapshotter.containerd.stubs import cri_images_pb2 as images_pb
-from soci_snapshotter.containerd.stubs import cri_runtime_pb2 as runtime_pb
 from soci_snapshotter.containerd.stubs.cri_images_pb2_grpc import ImageServiceStub
-from soci_snapshotter.containerd.stubs.cri_runtime_pb2_grpc import RuntimeServiceStub
 
 # containerd's namespace for everything that comes by the CRI.
 NAMESPACE = "k8s.io"

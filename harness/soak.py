@@ -265,7 +265,7 @@ def main() -> int:
     limit = int(os.environ.get("SOAK_MEMORY_MB", "192"))
     print(f"soak: {seconds:g} s, seed {seed}, {limit} MB for the daemon", flush=True)
     with memory_limit(limit) as limited, lazy_rig(CONFIG) as rig:
-        soak = Soak(rig, publish(rig, IMAGES), random.Random(seed), limited)  # noqa: S311
+        soak = Soak(rig, publish(rig, IMAGES), random.Random(seed), limited)  # noqa: S311 - an order of steps, to be had again
         limited(rig.daemon.pid)
         soak.kill()  # so that every daemon of the soak is one that was started over a root
         end = time.monotonic() + seconds

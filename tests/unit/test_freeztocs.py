@@ -163,6 +163,26 @@ def test_what_gives_way(tmp_path: Path, content: ContentStore, monkeypatch: pyte
     assert not content.exists(own.digest)
 
 
+def test_what_an_index_names_is_kept(tmp_path: Path, content: ContentStore) -> None:
+    """A ztoc stays for an index of this store that names it, for none elsewhere, and while the list cannot be read."""
+    indexes = indexes_of(tmp_path, content, [5])
+    named, other, free = (content.put(bytes([number]) * 100) for number in range(3))
+    assert not indexes.keeps(named)
+    path = tmp_path / "content" / "artifacts.sqlite"
+    with Artifacts(path) as artifacts:
+        for store, ztoc in (("soci", named), ("containerd", other)):
+            index = content.put(sociindex.build(None, [zdesc(str(ztoc), LAYERS[0])], "somebody"))
+            artifacts.add(
+                IndexRecord(index, store, "default", PULL.manifest, "x", "linux/amd64", "x", 1, 1), only=False
+            )
+    assert [indexes.keeps(ztoc) for ztoc in (named, other, free)] == [True, False, False]
+    for record in listed(tmp_path):
+        content.delete(record.digest)
+    assert not indexes.keeps(named)
+    path.write_bytes(b"damaged" * 1000)
+    assert indexes.keeps(free)
+
+
 def zdesc(ztoc: str, layer: Digest) -> sociindex.ZtocDescriptor:
     """An index's entry."""
     return sociindex.ZtocDescriptor(digests.parse(ztoc), 100, layer, GZIP, 1 << 20)

@@ -9,16 +9,17 @@ from pathlib import Path
 from soci_snapshotter.containerd.stubs import snapshots_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
-STUBS = "soci_snapshotter/containerd/stubs"
+STUBS = {"soci_snapshotter/containerd/stubs": ROOT / "src", "harness/stubs": ROOT}
 
 
 def test_regenerating_changes_nothing(tmp_path: Path) -> None:
     """Running the generator elsewhere gives the committed files, byte for byte, and no others."""
     subprocess.run([sys.executable, ROOT / "scripts/protos", "--out", tmp_path], check=True)
-    made = {p.name: p.read_bytes() for p in (tmp_path / STUBS).iterdir()}
-    here = (ROOT / "src" / STUBS).iterdir()
-    committed = {p.name: p.read_bytes() for p in here if p.suffix in {".py", ".pyi"}}
-    assert committed == made
+    for package, base in STUBS.items():
+        made = {p.name: p.read_bytes() for p in (tmp_path / package).iterdir()}
+        here = (base / package).iterdir()
+        committed = {p.name: p.read_bytes() for p in here if p.suffix in {".py", ".pyi"}}
+        assert committed == made
 
 
 def test_wire_names() -> None:

@@ -128,7 +128,7 @@ def running(
                 server=server,
                 mounter=mounter,
                 around=Surroundings(
-                    server, pool, options, boot_id(), partial(_source, blob), counters, free.ztocs.keeps
+                    server, pool, options, boot_id(), partial(_source, blob), counters, free.keeps
                 ),
                 quota=config.snapshotter.max_cache_bytes,
             )
@@ -161,31 +161,40 @@ def running(
             wholes=WholeLayers(layers, images, stack.enter_context(_pulls(config, root, blob)), free),
         )
         snapshotter = stack.enter_context(_snapshotter(layers, lazy, resolver, rules, root=root, fresh=fresh))
-        layers.attach(snapshotter)
-        quiet = config.snapshotter.allow_invalid_mounts_on_restart
-        layers.restore_mounts(snapshotter.lazy_rows(), fresh=fresh, expect_lost=quiet)
-        completer = Completer(layers)
-        layers.on_full, layers.on_lie = completer.submit, completer.condemn
-        stack.enter_context(completer)
-        cleanup = threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True)
-        stack.callback(cleanup.join)
-        cleanup.start()
+        stack.enter_context(_restored(config, layers, snapshotter, fresh=fresh))
+        events = partial(_events, server, prefetcher)
         parts = Parts(
-            root,
-            counters,
-            layers,
-            background,
-            background_enabled=not off,
-            pool=pool,
-            events=lambda: {
-                **server.failures,
-                "prefetch_artifacts": prefetcher.artifacts,
-                "prefetch_failures": prefetcher.failures,
-            },
+            root, counters, layers, background, background_enabled=not off, pool=pool, events=events
         )
         stack.enter_context(introspection(config, parts, address.parent))
         stack.enter_context(_serving(snapshotter, address, lazy.give_up, logins))
         yield Daemon(layers, snapshotter, mounter, survival)
+
+
+def _events(server: FuseServer, prefetcher: Prefetcher) -> dict[str, int]:
+    """What is counted elsewhere than in `policy.counters`, by its name in the metrics."""
+    return {
+        **server.failures,
+        "prefetch_artifacts": prefetcher.artifacts,
+        "prefetch_failures": prefetcher.failures,
+    }
+
+
+@contextmanager
+def _restored(config: Config, layers: OpenLayers, snapshotter: Snapshotter, *, fresh: bool) -> Iterator[None]:
+    """Layers and snapshots know of each other, what was mounted is adopted, and complete layers are proven."""
+    layers.attach(snapshotter)
+    quiet = config.snapshotter.allow_invalid_mounts_on_restart
+    layers.restore_mounts(snapshotter.lazy_rows(), fresh=fresh, expect_lost=quiet)
+    completer = Completer(layers)
+    layers.on_full, layers.on_lie = completer.submit, completer.condemn
+    with completer:
+        cleanup = threading.Thread(target=snapshotter.cleanup, name="cleanup", daemon=True)
+        cleanup.start()
+        try:
+            yield
+        finally:
+            cleanup.join()
 
 
 @contextmanager

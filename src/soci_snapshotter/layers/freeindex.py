@@ -49,6 +49,30 @@ class FreeIndexes:
         )  # an empty file for each index that was made here, by its digest's digits
         self._own.mkdir(mode=0o700, exist_ok=True)
 
+    def keeps(self, ztoc: Digest) -> bool:
+        """Whether a ztoc is remembered, or named by an index of this store, `soci create`'s too, that may be pushed yet.
+
+        What cannot be read is no reason to delete anything.
+        """
+        if self.ztocs.keeps(ztoc):
+            return True
+        path = self._root / "content" / "artifacts.sqlite"
+        if not path.exists():
+            return False
+        try:
+            with Artifacts(path) as artifacts:
+                return any(ztoc in named for _, named in self._listed(artifacts))
+        except (SociError, OSError) as error:
+            _log.warning("a ztoc is kept", extra={"ztoc": str(ztoc), "error": str(error)})
+            return True
+
+    def _listed(self, artifacts: Artifacts) -> Iterator[tuple[IndexRecord, set[Digest]]]:
+        """The indexes of this store that are there, and the ztocs that each names."""
+        for record in artifacts.all():
+            if record.store == _STORE and self._content.exists(record.digest):
+                index = sociindex.decode(self._content.get(record.digest, oci.MANIFEST_LIMIT))
+                yield record, {descriptor.digest for descriptor in index.ztocs.values()}
+
     def keep(self, filled: Filled) -> None:
         """Put the ztoc into the content store, where a mount needs it, and remember it. Raises OSError, Integrity."""
         unpacked = filled.unpacked
@@ -127,11 +151,7 @@ class FreeIndexes:
         ):
             gone = set(ztocs)
             needed: set[Digest] = set()
-            for record in artifacts.all():
-                if record.store != _STORE or not self._content.exists(record.digest):
-                    continue
-                index = sociindex.decode(self._content.get(record.digest, oci.MANIFEST_LIMIT))
-                named = {descriptor.digest for descriptor in index.ztocs.values()}
+            for record, named in self._listed(artifacts):
                 mark = self._own / record.digest.hex
                 if named & gone and mark.exists():
                     artifacts.remove(record.digest, record.store, record.namespace)

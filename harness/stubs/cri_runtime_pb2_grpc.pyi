@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf import empty_pb2
 
-from soci_snapshotter.containerd.stubs import cri_runtime_pb2
+from harness.stubs import cri_runtime_pb2
 
 class RuntimeServiceStub:
     def __init__(self, channel: grpc.Channel) -> None: ...

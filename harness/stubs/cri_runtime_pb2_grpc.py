@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from soci_snapshotter.containerd.stubs import cri_runtime_pb2 as soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2
+from harness.stubs import cri_runtime_pb2 as harness_dot_stubs_dot_cri__runtime__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in soci_snapshotter/containerd/stubs/cri_runtime_pb2_grpc.py depends on'
+        + ' but the generated code in harness/stubs/cri_runtime_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,63 +36,63 @@ class RuntimeServiceStub:
         """
         self.Version = channel.unary_unary(
                 '/runtime.v1.RuntimeService/Version',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.VersionRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.VersionResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.VersionRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.VersionResponse.FromString,
                 _registered_method=True)
         self.Status = channel.unary_unary(
                 '/runtime.v1.RuntimeService/Status',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StatusRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StatusResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.StatusRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.StatusResponse.FromString,
                 _registered_method=True)
         self.RunPodSandbox = channel.unary_unary(
                 '/runtime.v1.RuntimeService/RunPodSandbox',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxResponse.FromString,
                 _registered_method=True)
         self.StopPodSandbox = channel.unary_unary(
                 '/runtime.v1.RuntimeService/StopPodSandbox',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxResponse.FromString,
                 _registered_method=True)
         self.RemovePodSandbox = channel.unary_unary(
                 '/runtime.v1.RuntimeService/RemovePodSandbox',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxResponse.FromString,
                 _registered_method=True)
         self.ListPodSandbox = channel.unary_unary(
                 '/runtime.v1.RuntimeService/ListPodSandbox',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxResponse.FromString,
                 _registered_method=True)
         self.CreateContainer = channel.unary_unary(
                 '/runtime.v1.RuntimeService/CreateContainer',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.CreateContainerRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.CreateContainerResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.CreateContainerRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.CreateContainerResponse.FromString,
                 _registered_method=True)
         self.StartContainer = channel.unary_unary(
                 '/runtime.v1.RuntimeService/StartContainer',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StartContainerRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StartContainerResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.StartContainerRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.StartContainerResponse.FromString,
                 _registered_method=True)
         self.StopContainer = channel.unary_unary(
                 '/runtime.v1.RuntimeService/StopContainer',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopContainerRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopContainerResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.StopContainerRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.StopContainerResponse.FromString,
                 _registered_method=True)
         self.RemoveContainer = channel.unary_unary(
                 '/runtime.v1.RuntimeService/RemoveContainer',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemoveContainerRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemoveContainerResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.RemoveContainerRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.RemoveContainerResponse.FromString,
                 _registered_method=True)
         self.ContainerStatus = channel.unary_unary(
                 '/runtime.v1.RuntimeService/ContainerStatus',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ContainerStatusRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ContainerStatusResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.ContainerStatusRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.ContainerStatusResponse.FromString,
                 _registered_method=True)
         self.ExecSync = channel.unary_unary(
                 '/runtime.v1.RuntimeService/ExecSync',
-                request_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ExecSyncRequest.SerializeToString,
-                response_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ExecSyncResponse.FromString,
+                request_serializer=harness_dot_stubs_dot_cri__runtime__pb2.ExecSyncRequest.SerializeToString,
+                response_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.ExecSyncResponse.FromString,
                 _registered_method=True)
 
 
@@ -176,63 +176,63 @@ def add_RuntimeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Version': grpc.unary_unary_rpc_method_handler(
                     servicer.Version,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.VersionRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.VersionResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.VersionRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.VersionResponse.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StatusRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StatusResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.StatusRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.StatusResponse.SerializeToString,
             ),
             'RunPodSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.RunPodSandbox,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxResponse.SerializeToString,
             ),
             'StopPodSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.StopPodSandbox,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxResponse.SerializeToString,
             ),
             'RemovePodSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.RemovePodSandbox,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxResponse.SerializeToString,
             ),
             'ListPodSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPodSandbox,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxResponse.SerializeToString,
             ),
             'CreateContainer': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateContainer,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.CreateContainerRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.CreateContainerResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.CreateContainerRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.CreateContainerResponse.SerializeToString,
             ),
             'StartContainer': grpc.unary_unary_rpc_method_handler(
                     servicer.StartContainer,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StartContainerRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StartContainerResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.StartContainerRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.StartContainerResponse.SerializeToString,
             ),
             'StopContainer': grpc.unary_unary_rpc_method_handler(
                     servicer.StopContainer,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopContainerRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopContainerResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.StopContainerRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.StopContainerResponse.SerializeToString,
             ),
             'RemoveContainer': grpc.unary_unary_rpc_method_handler(
                     servicer.RemoveContainer,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemoveContainerRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemoveContainerResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.RemoveContainerRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.RemoveContainerResponse.SerializeToString,
             ),
             'ContainerStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.ContainerStatus,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ContainerStatusRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ContainerStatusResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.ContainerStatusRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.ContainerStatusResponse.SerializeToString,
             ),
             'ExecSync': grpc.unary_unary_rpc_method_handler(
                     servicer.ExecSync,
-                    request_deserializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ExecSyncRequest.FromString,
-                    response_serializer=soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ExecSyncResponse.SerializeToString,
+                    request_deserializer=harness_dot_stubs_dot_cri__runtime__pb2.ExecSyncRequest.FromString,
+                    response_serializer=harness_dot_stubs_dot_cri__runtime__pb2.ExecSyncResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -260,8 +260,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/Version',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.VersionRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.VersionResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.VersionRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.VersionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -287,8 +287,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/Status',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StatusRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StatusResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.StatusRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.StatusResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -314,8 +314,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/RunPodSandbox',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.RunPodSandboxResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -341,8 +341,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/StopPodSandbox',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.StopPodSandboxResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -368,8 +368,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/RemovePodSandbox',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.RemovePodSandboxResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -395,8 +395,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/ListPodSandbox',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.ListPodSandboxResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -422,8 +422,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/CreateContainer',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.CreateContainerRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.CreateContainerResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.CreateContainerRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.CreateContainerResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -449,8 +449,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/StartContainer',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StartContainerRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StartContainerResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.StartContainerRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.StartContainerResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -476,8 +476,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/StopContainer',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopContainerRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.StopContainerResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.StopContainerRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.StopContainerResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -503,8 +503,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/RemoveContainer',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemoveContainerRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.RemoveContainerResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.RemoveContainerRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.RemoveContainerResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -530,8 +530,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/ContainerStatus',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ContainerStatusRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ContainerStatusResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.ContainerStatusRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.ContainerStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -557,8 +557,8 @@ class RuntimeService:
             request,
             target,
             '/runtime.v1.RuntimeService/ExecSync',
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ExecSyncRequest.SerializeToString,
-            soci__snapshotter_dot_containerd_dot_stubs_dot_cri__runtime__pb2.ExecSyncResponse.FromString,
+            harness_dot_stubs_dot_cri__runtime__pb2.ExecSyncRequest.SerializeToString,
+            harness_dot_stubs_dot_cri__runtime__pb2.ExecSyncResponse.FromString,
             options,
             channel_credentials,
             insecure,
