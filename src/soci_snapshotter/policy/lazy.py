@@ -15,7 +15,7 @@ from ..formats.digest import Digest
 from ..formats.oci import Descriptor
 from ..formats.sociindex import SociIndex
 from .eager import Way
-from .prepare import TARGET
+from .prepare import TARGET, TryLazy
 from .proof import DIFF_ID
 
 # containerd 2.4's unpacker sets it above the lowest layer, beside DIFF_ID.
@@ -67,6 +67,29 @@ class LazyRequest:
     parent_chain_id: str | None
     parent_chain: tuple[Lower, ...]
     labels: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        wanted: TryLazy,
+        labels: Mapping[str, str],
+        *,
+        parent_chain_id: str | None,
+        parent_chain: tuple[Lower, ...],
+    ) -> LazyRequest:
+        """What Prepare decided to try, on these parents."""
+        return cls(
+            namespace=wanted.namespace,
+            image_ref=wanted.image_ref,
+            manifest_digest=wanted.manifest_digest,
+            layer_digest=wanted.layer_digest,
+            image_layers=wanted.image_layers,
+            index_digest=wanted.index_digest,
+            target=wanted.target,
+            parent_chain_id=parent_chain_id,
+            parent_chain=parent_chain,
+            labels=dict(labels),
+        )
 
 
 @dataclass(frozen=True)

@@ -236,17 +236,11 @@ class Returning:
                 raise Remote(f"lazy snapshot {key!r} does not return ({link.condemned}): {_REMOVE}")
             local = LocalLower(self._directories.upper(link.id).encode())
             lowers.append(local if link.mount_id is None else LazyLower(link.mount_id))
-        return LazyRequest(
-            namespace=wanted.namespace,
-            image_ref=wanted.image_ref,
-            manifest_digest=wanted.manifest_digest,
-            layer_digest=wanted.layer_digest,
-            image_layers=wanted.image_layers,
-            index_digest=wanted.index_digest,
-            target=wanted.target,
+        return LazyRequest.of(
+            wanted,
+            labels,
             parent_chain_id=policy.chain_id_of(top.key, top.labels) if top else "",
             parent_chain=tuple(lowers),
-            labels=dict(labels),
         )
 
     # -- the background ------------------------------------------------------------------------------------------

@@ -233,17 +233,11 @@ class Snapshotter:
         lazy = self._lazy
         if lazy is None:
             return _Tried("this daemon makes no lazy layers")
-        request = LazyRequest(
-            namespace=wanted.namespace,
-            image_ref=wanted.image_ref,
-            manifest_digest=wanted.manifest_digest,
-            layer_digest=wanted.layer_digest,
-            image_layers=wanted.image_layers,
-            index_digest=wanted.index_digest,
-            target=wanted.target,
+        request = LazyRequest.of(
+            wanted,
+            labels,
             parent_chain_id=policy.chain_id_of(top.key, top.labels) if top else "",
             parent_chain=tuple(self._lower(link) for link in chain),
-            labels=dict(labels),
         )
         flight = (top.id if top else 0, wanted.target)
         return self._flights.run(flight, lambda: self._lazily(lazy, request, parent))
