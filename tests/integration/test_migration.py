@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -244,6 +245,13 @@ def test_there_and_back(tmp_path: Path, how: signal.Signals) -> None:
         rig.daemon.process.wait()
         for path in (rig.daemon.root / "snapshotter").glob("metadata.sqlite*"):
             path.unlink()
+        with pytest.raises(RuntimeError, match="is missing, but there are"):
+            rig.daemon.start()
+        rig.daemon.process.wait()
+        shutil.rmtree(rig.daemon.root / "layers")
+        for path in (rig.daemon.root / "snapshotter/snapshots").iterdir():
+            if path.name.isdecimal() and int(path.name) >= 1_000_000:
+                shutil.rmtree(path)
         rig.daemon.start()
         rig.reconnected()
         assert _listed(rig) == before

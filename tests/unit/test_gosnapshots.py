@@ -300,6 +300,35 @@ def test_changed_by_the_go_daemon_since(tmp_path: Path) -> None:
         pass
 
 
+def test_imported_before_and_damaged_since(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What became of the Go daemon's file after its import costs nobody the start: our rows are what counts."""
+    root = _root(tmp_path)
+    with go_root(root):
+        pass
+    before = (root / "snapshotter/metadata.sqlite").stat().st_size
+    for data in (b"", b"damaged" * 5000):
+        (root / "snapshotter/metadata.db").write_bytes(data)
+        caplog.clear()
+        with go_root(root):
+            assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert (root / "snapshotter/metadata.sqlite").stat().st_size >= before
+
+
+@pytest.mark.parametrize("left", ["layers/ab/cd/layer.json", "snapshotter/snapshots/9000000/fs/x"])
+def test_rows_of_ours_that_are_lost(tmp_path: Path, left: str) -> None:
+    """Without our rows the Go daemon's are not imported again over what only ours knew: refused, and all stays."""
+    root = _root(tmp_path)
+    (root / left).parent.mkdir(parents=True, exist_ok=True)
+    (root / left).write_text("x")
+    for empty in (False, True):
+        if empty:
+            (root / "snapshotter/metadata.sqlite").touch()
+        with pytest.raises(Config, match=r"metadata\.sqlite is missing, but there are"), go_root(root):
+            pass
+        assert (root / left).exists()
+        assert gosnapshots.imported(_rows_path(root)) is None
+
+
 def _mounted(target: Path, fstype: bytes) -> MountInfo:
     return MountInfo(1, 2, "0:1", b"/", bytes(target), b"", fstype, b"x", b"")
 

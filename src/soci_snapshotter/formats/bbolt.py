@@ -84,6 +84,15 @@ def read(data: bytes) -> Database:
     return Database(meta.transaction, _Reader(view, meta).database())
 
 
+HEAD_BYTES: Final = (1 << _MAX_PAGE_BITS) + 4096
+"""What of a file has both meta pages, whatever its page size."""
+
+
+def transaction(head: bytes) -> int:
+    """`Database.transaction` from a file's first HEAD_BYTES. Raises Integrity when neither meta page is whole."""
+    return _meta(memoryview(head)).transaction
+
+
 def checksum(data: bytes | memoryview) -> int:
     """FNV-1a, 64 bits: what ends a meta page."""
     value = _FNV_OFFSET

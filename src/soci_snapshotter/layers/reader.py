@@ -85,7 +85,7 @@ class LayerReader:
         self._parking = Parking(name, files.fd, replies, counters.reads)
         self._on_complete = on_complete
         self._told = -1  # the epoch that on_complete was called in
-        self._whole = -1  # the epoch in which every span was here
+        self._whole = files.whole()  # the epoch in which every span was here
         self._end = spans.uncompressed_range(len(spans) - 1)[1] if len(spans) else 0
         self._flights = Flights(
             name=name,
@@ -110,8 +110,6 @@ class LayerReader:
         self._watched = self._ahead.watched
         self.touched = time.monotonic()
         """When somebody last had to wait, or the layer was opened (time.monotonic())."""
-        if files.live.find(0) < 0:
-            self._whole = files.epoch
 
     @property
     def source(self) -> RangeSource:
@@ -238,8 +236,8 @@ class LayerReader:
 
     def _tell(self) -> None:
         """Call on_complete if nothing is missing any more."""
-        epoch = self._files.epoch  # before the marks are looked at: it rises before they go
-        if self._files.live.find(0) >= 0:
+        epoch = self._files.whole()
+        if epoch < 0:
             return
         self._whole = epoch
         if self._on_complete is None:

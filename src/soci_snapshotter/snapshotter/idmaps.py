@@ -15,7 +15,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ..errors import Invalid, Unsupported
 from ..layers.turns import Turns
@@ -72,11 +72,15 @@ class MappedMounts:
                 self._up.pop(snapshot_id, None)
             _rmdir(directory)
 
-    def remove_others(self, keep: Collection[int]) -> None:
-        """Take down what is not of a snapshot in `keep`."""
-        for name in os.listdir(self._top):
-            if name.isdigit() and int(name) not in keep:
-                self.remove(int(name))
+    def listed(self) -> list[int]:
+        """The snapshots that something is mounted for."""
+        return [int(name) for name in os.listdir(self._top) if name.isdigit()]
+
+    def remove_others(self, listed: Iterable[int], keep: Collection[int]) -> None:
+        """Take down what is of a snapshot in `listed` and not in `keep`, which was read after it."""
+        for number in listed:
+            if number not in keep:
+                self.remove(number)
 
     def _mount(self, snapshot_id: int, mapping: IdMap, paths: dict[bytes, bytes]) -> None:
         os.makedirs(self._path(snapshot_id), mode=0o700, exist_ok=True)

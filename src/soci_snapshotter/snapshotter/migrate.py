@@ -27,6 +27,10 @@ _log = logging.getLogger(__name__)
 
 _FILE_LIMIT = 256 << 20  # bytes; bbolt needs about 2 KiB a snapshot, and a node has thousands, not 100,000
 _ANSWER_SECONDS = 5.0  # a mount that does not answer in this time is not dead: then it would answer at once
+_OURS = (
+    "{root}/snapshotter/metadata.sqlite*, {root}/layers and the directories from 1000000 on in "
+    "{root}/snapshotter/snapshots"
+)
 _DRAIN = (
     "remove all that uses it while the Go daemon runs (`crictl rmp -fa; crictl rmi --prune`, or in each "
     "namespace `ctr containers rm` and `ctr images rm`), stop that daemon with SIGINT, and remove {root}"
@@ -66,24 +70,53 @@ def _lock(descriptor: int, database: Path) -> None:
 def _import(root: Path, database: Path, descriptor: int) -> None:
     rows = os.fsencode(root / "snapshotter" / "metadata.sqlite")
     drain = _DRAIN.format(root=root)
+    before = gosnapshots.imported(rows)
+    if before is not None:
+        _unchanged(root, database, descriptor, before)
+        return
     try:
         found = gosnapshots.decode(_contents(descriptor))
-        before = gosnapshots.imported(rows)
-        if before is None:
-            _take_off(_dead_mounts(root))
-            gosnapshots.import_into(rows, found)
+        _nothing_missed(root, rows, found)
+        _take_off(_dead_mounts(root))
+        gosnapshots.import_into(rows, found)
     except Config:
         raise
     except (SociError, OSError) as error:
         raise Config(
             f"{database}, the Go daemon's snapshots, cannot be imported: {error}; to begin anew, {drain}"
         ) from None
-    if before is None:
-        _report(root, found)
-    elif before != found.transaction:
+    _report(root, found)
+
+
+def _unchanged(root: Path, database: Path, descriptor: int, before: int) -> None:
+    """It was imported long ago: our rows are what counts, whatever became of that file but for another state of it."""
+    try:
+        state = gosnapshots.transaction(os.pread(descriptor, gosnapshots.HEAD_BYTES, 0))
+    except (SociError, OSError) as error:
+        _log.warning(
+            "the Go daemon's metadata.db, imported before, cannot be read any more",
+            extra={"path": str(database), "error": str(error)},
+        )
+        return
+    if state != before:
         raise Config(
-            f"{database} was changed by the Go daemon after it was imported: to import it again, remove "
-            f"{os.fsdecode(rows)}* (images pulled in between with this daemon must then be pulled again); or {drain}"
+            f"{database} was changed by the Go daemon after it was imported: to import it again, remove the containers "
+            f"of images pulled with this daemon, then {_OURS.format(root=root)} (such images must be pulled again); or "
+            f"{_DRAIN.format(root=root)}"
+        )
+
+
+def _nothing_missed(root: Path, rows: bytes, found: GoSnapshots) -> None:
+    """Our rows are not there: nothing else of ours may be. With the Go daemon's rows alone it would be swept away."""
+    first = found.last_id + gosnapshots.ID_GAP
+    layers = sum(1 for _ in (root / "layers").glob("*/*/layer.json"))
+    snapshots = root / "snapshotter" / "snapshots"
+    names = os.listdir(snapshots) if snapshots.is_dir() else []
+    own = sum(name.isdecimal() and int(name) >= first for name in names)
+    if layers or own:
+        raise Config(
+            f"{os.fsdecode(rows)} is missing, but there are {layers} layers and {own} snapshots that it knew: restore "
+            f"it from a backup; or, once no container uses them, remove {_OURS.format(root=root)}"
         )
 
 

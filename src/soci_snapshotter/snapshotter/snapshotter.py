@@ -183,20 +183,20 @@ class Snapshotter:
 
     def cleanup(self) -> None:
         """Remove the directories of snapshots that are no more, or that a crash left unborn."""
-        listed = self._directories.listed()
+        listed, mapped = self._directories.listed(), self._mapped.listed()
         # In this order: a directory leaves _making only after its row is there.
         with self._making_lock:
             making = frozenset(self._making)
         keep = making | self._store.ids()
         self._directories.remove_others(listed, keep)
-        self._mapped.remove_others(keep)
+        self._mapped.remove_others(mapped, keep)
 
     def unmount_all(self) -> None:
         """Take down what is mounted for containers in user namespaces; it is mounted again when asked for.
 
         At a stop that unmounts, and at a start on a new FUSE connection: such mounts over an older one answer nothing.
         """
-        self._mapped.remove_others(())
+        self._mapped.remove_others(self._mapped.listed(), ())
 
     def returning(self) -> AbstractContextManager[object]:
         """While it lasts, lazy layers that came with a migrated root are brought back. After restore_mounts."""

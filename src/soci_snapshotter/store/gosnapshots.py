@@ -11,6 +11,7 @@ entered as pending (store.pending) until its layer is mounted again. The file it
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import struct
 from collections.abc import Mapping
@@ -92,9 +93,19 @@ def rows_of(database: Database) -> GoSnapshots:
 
 
 def imported(path: bytes) -> int | None:
-    """Which state (GoSnapshots.transaction) was imported into the rows at `path`, None when none was."""
+    """Which state (GoSnapshots.transaction) was imported into the rows at `path`, None when none was. Makes no file."""
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return None
     with SnapshotStore(path), closing(sqlite3.connect(path)) as db:
         return _imported(db)
+
+
+def transaction(head: bytes) -> int:
+    """The state that a metadata.db is in, from its first HEAD_BYTES. Raises Integrity."""
+    return bbolt.transaction(head)
+
+
+HEAD_BYTES = bbolt.HEAD_BYTES
 
 
 def import_into(path: bytes, found: GoSnapshots) -> bool:

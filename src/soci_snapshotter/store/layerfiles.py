@@ -346,6 +346,11 @@ class SpanFile:
         """Whether spans first..last (inclusive) are all here."""
         return self.live.find(0, first, last + 1) < 0
 
+    def whole(self) -> int:
+        """The epoch in which every span is here; -1 when one is missing."""
+        with self._mark_lock:  # or the epoch might be new, and the marks not yet those that it has
+            return self.epoch if self.live.find(0) < 0 else -1
+
     def write(self, span: int, offset: int, data: memoryview) -> None:
         """Put the verified bytes of `span` at `offset` and mark it. Raises OSError; then nothing is marked.
 

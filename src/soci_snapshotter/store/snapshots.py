@@ -26,7 +26,7 @@ from enum import IntEnum
 
 import msgspec
 
-from ..errors import AlreadyExists, Config, Invalid, NotFound, Precondition
+from ..errors import AlreadyExists, Config, Invalid, NotFound, Precondition, Remote
 from ..policy.lazy import LazyLayer, Usage
 from ..policy.prepare import TARGET
 
@@ -186,6 +186,8 @@ class SnapshotStore:
             yield
         except sqlite3.IntegrityError:
             raise  # a row's, not the file's
+        except sqlite3.ProgrammingError:
+            raise Remote(f"{self._name} is closed: the daemon is stopping") from None
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name) from None
