@@ -99,3 +99,16 @@ def test_memory_is_bounded(ahead: ZtocsAhead, client: Client, monkeypatch: pytes
         end.wait(0.05)
     assert not ahead._held
     assert len(client.asked) <= 5
+
+
+def test_a_stop_waits_for_no_registry(client: Client, content: ContentStore) -> None:
+    """A registry that never answers holds up neither the end nor the interpreter's: no thread is waited for."""
+    client.open.clear()
+    with ZtocsAhead(cast(RegistryClient, client), content) as made:
+        made.expect(REFERENCE, window(0, 5))
+        working = [thread for thread in threading.enumerate() if thread.name.startswith("ztoc-")]
+        assert working and all(thread.daemon for thread in working)
+    client.open.set()
+    for thread in working:
+        thread.join(20)
+        assert not thread.is_alive()

@@ -37,6 +37,7 @@ from soci_snapshotter.snapshotter import migrate, returning
 from soci_snapshotter.snapshotter.migrate import go_root
 from soci_snapshotter.snapshotter.snapshotter import Snapshotter
 from soci_snapshotter.store import gosnapshots, pending
+from soci_snapshotter.store.pending import PendingRows
 from soci_snapshotter.store.snapshots import Kind, SnapshotStore
 
 _VECTORS = Path(__file__).parents[1] / "vectors/bbolt"
@@ -456,6 +457,28 @@ def test_layers_return_in_the_background(tmp_path: Path) -> None:
         assert snapshotter.stat(D[1]).labels[policy.TARGET] == D[1]
     with Snapshotter(os.fsencode(tmp_path / "root/snapshotter"), lazy=layers) as snapshotter:
         assert sorted(snapshotter.lazy_rows()) == [(1, "layer-1"), (2, "layer-2")]
+
+
+def test_a_disk_that_does_not_take_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While rows cannot be settled their layers' references are given back, the background goes on, and then all return."""
+    layers = Layers()
+    layers.gate.set()
+    settle, refused = PendingRows.settle, threading.Event()
+
+    def full(rows: PendingRows, snapshot_id: int, layer: LazyLayer) -> bool:
+        refused.set()
+        raise OSError(errno.EIO, "no room")
+
+    monkeypatch.setattr(returning, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(PendingRows, "settle", full)
+    with _migrated(tmp_path, layers) as snapshotter, snapshotter.returning():
+        assert refused.wait(20)
+        _eventually(lambda: len(layers.requests) > 2)
+        monkeypatch.setattr(PendingRows, "settle", settle)
+        _eventually(lambda: len(snapshotter.lazy_rows()) == 2 and min(snapshotter.lazy_rows())[0] > 0)
+        held = {number for number, count in layers.references.items() if count}
+        assert held == {number for number, _ in snapshotter.lazy_rows()}
+        assert set(layers.references.values()) <= {0, 1}
 
 
 def test_mounts_bring_layers_back_at_once(tmp_path: Path) -> None:

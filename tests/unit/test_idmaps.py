@@ -171,3 +171,14 @@ def test_owners_that_containerd_copied(disk: Path) -> None:
         assert (root / "snapshots/3/fs").stat().st_uid == 100000
         snapshots.prepare("image", "2", LABELS)
         assert mounted(root) == {"4/s2"}
+
+
+def test_what_came_after_the_list_stays(tmp_path: Path) -> None:
+    """Cleaning up takes what was listed before it was known what is to stay; a snapshot made meanwhile keeps its own."""
+    mapped = MappedMounts(bytes(tmp_path))
+    for number in (1, 2):
+        (tmp_path / f"i/{number}").mkdir()
+    listed = mapped.listed()
+    (tmp_path / "i/3").mkdir()
+    mapped.remove_others(listed, {2})
+    assert sorted(path.name for path in (tmp_path / "i").iterdir()) == ["2", "3"]

@@ -74,6 +74,46 @@ def test_a_failed_write_back_takes_marks_back(tmp_path: Path, monkeypatch: pytes
         assert bytes(files.live) == b"\1\0\0\0"
 
 
+def test_whole_after_a_failed_write_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer is whole in the epoch whose marks are all there: not before the last span, nor in a later epoch by itself."""
+    with opened(tmp_path) as files:
+        for span in range(4):
+            assert files.whole() == -1
+            files.write(span, 512 * span, memoryview(b"x" * 512))
+        assert files.whole() == files.epoch == 0
+
+        def failing(fd: int) -> None:
+            raise OSError(5, "I/O error")
+
+        monkeypatch.setattr(os, "fdatasync", failing)
+        with pytest.raises(OSError, match="I/O error"):
+            files.make_durable()
+        monkeypatch.undo()
+        assert (files.whole(), files.epoch) == (-1, 1)
+        for span in range(4):
+            files.write(span, 512 * span, memoryview(b"x" * 512))
+        assert files.whole() == 1
+
+
+def test_a_table_that_cannot_be_written_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """spans.durable could not be written: what is not durable stays counted, so that the next round sees to it."""
+
+    def failing(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with opened(tmp_path) as files:
+        files.write(0, 0, memoryview(b"x" * 512))
+        monkeypatch.setattr(layerfiles, "write_atomically", failing)
+        with pytest.raises(OSError, match="No space"):
+            files.make_durable()
+        monkeypatch.undo()
+        assert files.unsynced == 512
+        assert files.make_durable() == 1
+        assert files.unsynced == 0
+
+
 def test_marks_of_another_shape_are_dropped(tmp_path: Path) -> None:
     """A file for another number of spans says nothing."""
     with opened(tmp_path) as files:

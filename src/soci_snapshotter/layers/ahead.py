@@ -12,8 +12,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
 
 from soci_snapshotter.errors import SociError
@@ -29,6 +30,7 @@ _THREADS = 4  # four round trips at a time are faster than Prepare is
 MOST_LAYERS = 16  # how far ahead: four rounds of those
 MOST_BYTES = 256 << 10  # of one ztoc: of a larger one the transfer counts, not the round trip
 _HELD_BYTES = 16 << 20  # of all together; the layers of four images at once
+_PATIENCE = 10.0  # seconds that Prepare waits for a small answer before it asks by itself
 HELD_SECONDS = 30.0  # a pull asks for the next layer within seconds, or never
 
 
@@ -45,13 +47,20 @@ class ZtocsAhead:
     def __init__(self, client: RegistryClient, content: ContentStore) -> None:
         self._client = client
         self._content = content
-        self._executor = ThreadPoolExecutor(_THREADS, "ztoc")
+        self._queue: SimpleQueue[tuple[Reference, Descriptor, Future[bytes | None]] | None] = SimpleQueue()
+        # No executor: the interpreter would wait at its end for a registry that does not answer.
+        self._threads = [
+            threading.Thread(target=self._work, name=f"ztoc-{number}", daemon=True)
+            for number in range(_THREADS)
+        ]
         self._lock = threading.Lock()
         self._held: OrderedDict[Digest, _Held] = OrderedDict()
         self._sweeper: threading.Timer | None = None
         self._closed = False
 
     def __enter__(self) -> ZtocsAhead:
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -60,10 +69,14 @@ class ZtocsAhead:
         with self._lock:
             self._closed = True
             sweeper, self._sweeper = self._sweeper, None
+            left = list(self._held.values())
             self._held.clear()
         if sweeper is not None:
             sweeper.cancel()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for held in left:
+            held.bytes.cancel()
+        for _ in self._threads:
+            self._queue.put(None)
 
     def expect(self, reference: Reference, farthest_first: Iterable[Descriptor]) -> None:
         """These will be asked for next. Returns at once.
@@ -83,7 +96,8 @@ class ZtocsAhead:
                 full = sum(held.size for held in self._held.values()) + ztoc.size > _HELD_BYTES
                 if self._closed or full or ztoc.digest in self._held:
                     continue
-                future = self._executor.submit(self._fetch, reference, ztoc)
+                future: Future[bytes | None] = Future()
+                self._queue.put((reference, ztoc, future))
                 self._held[ztoc.digest] = _Held(time.monotonic(), ztoc.size, future)
                 self._arm()
 
@@ -93,14 +107,25 @@ class ZtocsAhead:
             held = self._held.pop(ztoc, None)
         if held is None or held.bytes.cancel():  # not begun: whoever asks is faster
             return None
-        return held.bytes.result()  # a fetch has its deadline
+        try:
+            return held.bytes.result(_PATIENCE)
+        except TimeoutError:
+            return None
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            reference, ztoc, future = job
+            if future.set_running_or_notify_cancel():
+                future.set_result(self._fetch(reference, ztoc))
 
     def _fetch(self, reference: Reference, ztoc: Descriptor) -> bytes | None:
         try:
             return self._client.fetch(reference, ztoc, MOST_BYTES)
         except (SociError, OSError) as error:
             _log.debug("a ztoc did not come ahead", extra={"ztoc": str(ztoc.digest), "error": str(error)})
-            return None
+        except Exception:  # a bug here must not cost the thread
+            _log.exception("a ztoc did not come ahead", extra={"ztoc": str(ztoc.digest)})
+        return None
 
     def _arm(self) -> None:
         """Under the lock: see that what nobody takes goes."""

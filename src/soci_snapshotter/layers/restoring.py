@@ -58,6 +58,7 @@ class Restorer:
             key = LayerKey(from_hex(directory.parent.name), from_hex(directory.name))
             try:
                 layer = Layer(directory, read_record(directory))
+                _sweep_unfinished(directory)
                 if layer.record.complete and not believed(layer, os.fsdecode(self._around.boot)):
                     self._disbelieve(layer)
             except (SociError, OSError) as error:
@@ -90,10 +91,8 @@ class Restorer:
         self._shelf.points.seen(max([0, *mounted, *numbers]))
         for layer in self._shelf.all():
             counts = wanted.pop(str(layer.key), Counter())
-            try:
-                self._restore(layer, counts, references, mounted, fresh)
-            except (SociError, OSError) as error:
-                self._report(f"layer {layer.key.layer}: cannot be mounted", error, {"layer": str(layer.key)})
+            with self._shelf.turns.turn(layer.key):  # its node is served: a RELEASE may come
+                self._restore_or_report(layer, counts, references, mounted, fresh)
         self._lose(wanted, references)
         self._unmount_strays(mounted)
         self._shelf.points.sweep()
@@ -102,11 +101,12 @@ class Restorer:
     def released(self, number: int) -> None:
         """No row has the number of a lost layer any more: what is left of it goes with the last one."""
         key = self._shelf.forget_lost(number)
-        if key is None or self._shelf.find(key) is not None:
+        if key is None:
             return
-        bad = self._bad.pop(key, None)
-        if bad is not None:
-            _remove(bad[0])
+        with self._shelf.turns.turn(key):  # the next Prepare works in the same directory
+            bad = self._bad.pop(key, None)
+            if bad is not None and self._shelf.find(key) is None:
+                _remove(bad[0])
 
     # -- one layer -----------------------------------------------------------------------------------------------
 
@@ -130,13 +130,31 @@ class Restorer:
         else:
             self._prover.lost(layer)
 
+    def _restore_or_report(
+        self, layer: Layer, counts: Counter[int], references: Counter[int], mounted: set[int], fresh: bool
+    ) -> None:
+        if self._shelf.find(layer.key) is not layer:  # its last reader went a moment ago
+            if counts:
+                self._lost(layer.key, counts, references, "it went while the daemon started")
+            return
+        try:
+            self._restore(layer, counts, references, mounted, fresh)
+        except (SociError, OSError) as error:
+            self._report(f"layer {layer.key.layer}: cannot be mounted", error, {"layer": str(layer.key)})
+            for number, count in counts.items():
+                references[number] = count
+                if self._shelf.of_number(number) is None:
+                    self._shelf.lose(number, layer.key, f"layer {layer.key.layer} is lost: {error}; {_DO}")
+
     def _restore(
         self, layer: Layer, counts: Counter[int], references: Counter[int], mounted: set[int], fresh: bool
     ) -> None:
         shelf = self._shelf
         record = layer.record
         if record.through_fuse() and layer.lazy is None and not (record.complete or record.lie):
-            layer.save(record.all_superseded())  # not served: nobody is given these mounts until it is
+            layer.save_if_possible(
+                record.all_superseded()
+            )  # not served: nobody is given these mounts until it is
             record = layer.record
         alive = mounted - (record.through_fuse() if fresh else set())
         for number in record.standing() & (mounted - alive):
@@ -160,7 +178,7 @@ class Restorer:
             if there and (fresh or not served or not shelf.in_use(layer)):
                 shelf.drop(layer.key, layer, layer.directory)
             return
-        _sweep_directory(layer)
+        _sweep_images(layer)
         if layer.record.lie == LOST:
             self._prover.lost(layer)  # there is a book now
         if layer.record.complete:
@@ -231,13 +249,18 @@ class Restorer:
         _log.log(level, message, extra={**extra, "error": str(error)})
 
 
-def _sweep_directory(layer: Layer) -> None:
-    """Remove files that were being written when the daemon was killed, and images that no row knows."""
+def _sweep_unfinished(directory: Path) -> None:
+    """Remove files that were being written when the daemon was killed; nobody writes yet."""
+    for name in os.listdir(directory):
+        if name.endswith(".tmp"):
+            (directory / name).unlink(missing_ok=True)
+
+
+def _sweep_images(layer: Layer) -> None:
+    """Remove images that no row knows."""
     for name in os.listdir(layer.directory):
-        stray = name.startswith("meta-") and name.endswith(".erofs")
-        if name.endswith(".tmp") or (
-            stray and name[len("meta-") : -len(".erofs")] not in layer.record.mounts
-        ):
+        known = name[len("meta-") : -len(".erofs")] in layer.record.mounts
+        if name.startswith("meta-") and name.endswith(".erofs") and not known:
             (layer.directory / name).unlink(missing_ok=True)
 
 

@@ -309,7 +309,7 @@ class Shelf:
                 with self._lock:
                     self._superseded[number] = layer.key, _LONG_AGO
             else:
-                layer.save(layer.record.without_superseded(number))
+                layer.save_if_possible(layer.record.without_superseded(number))
         with self._lock:
             for meta_hash, number in record.mounts.items():
                 self._owners[number] = layer.key

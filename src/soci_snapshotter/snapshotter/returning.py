@@ -207,8 +207,13 @@ class Returning:
             raise Remote(f"{what}, cannot return now: {made.error}")
         if isinstance(made, Declined):
             raise Remote(f"{what}, cannot return now ({made.reason}); if that stays, {_REMOVE}")
-        if not self._rows.settle(snapshot_id, made):
-            self._lazy.release((made.mount_id,))
+        settled = False
+        try:
+            settled = self._rows.settle(snapshot_id, made)
+        finally:
+            if not settled:  # the next try makes a reference of its own
+                self._lazy.release((made.mount_id,))
+        if not settled:
             raise NotFound(f"snapshot {key!r} was removed meanwhile")
         self._lazy.committed(made.mount_id)
         _log.info("lazy layer returned", extra={"layer": request.layer_digest, "image": request.image_ref})
@@ -247,8 +252,15 @@ class Returning:
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE
-        while not self._pass() and not self._ending.wait(pause):
+        while not self._pass_or_report() and not self._ending.wait(pause):
             pause = min(2 * pause, _LAST_PAUSE)
+
+    def _pass_or_report(self) -> bool:
+        try:
+            return self._pass()
+        except OSError as error:  # a full or sick disk: tried again
+            _log.warning("lazy layers do not return", extra={"error": str(error)})
+            return False
 
     def _pass(self) -> bool:
         """Try each pending row once, but none above one that failed; whether all are back."""

@@ -389,7 +389,7 @@ class SpanFile:
                 return 0  # their numbers may be another file's by now
             marks = bytes(self.live)
             tar_size = self.tar_size
-            self.unsynced = 0
+            unsynced, self.unsynced = self.unsynced, 0
             if marks == self._durable:
                 return sum(marks)
             try:
@@ -400,10 +400,17 @@ class SpanFile:
                     self.live[:] = self._durable
                 self._rewrite_live()
                 raise
-            body = _HEADER.pack(_DURABLE_MAGIC, b"", len(marks), tar_size) + marks
-            write_atomically(self.directory / "spans.durable", body + hashlib.sha256(body).digest())
-            self._durable = marks
+            try:
+                self._write_durable(marks, tar_size)
+            except OSError:
+                self.unsynced += unsynced  # the next round tries again
+                raise
             return sum(marks)
+
+    def _write_durable(self, marks: bytes, tar_size: int) -> None:
+        body = _HEADER.pack(_DURABLE_MAGIC, b"", len(marks), tar_size) + marks
+        write_atomically(self.directory / "spans.durable", body + hashlib.sha256(body).digest())
+        self._durable = marks
 
     def _rewrite_live(self) -> None:
         os.pwrite(self._live_fd, bytes(self.live), _HEADER.size)

@@ -6,8 +6,11 @@ call of containerd's.
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -38,8 +41,16 @@ class Pending:
     parent_id: int | None
 
 
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OSError(errno.EIO, f"the snapshots' rows: {error}") from None
+
+
 class PendingRows:
-    """The pending rows of metadata.sqlite at `path`. Thread safe; to be closed."""
+    """The pending rows of metadata.sqlite at `path`. Thread safe; to be closed. Raises OSError where the disk does."""
 
     def __init__(self, path: bytes) -> None:
         self._lock = threading.Lock()
@@ -47,13 +58,13 @@ class PendingRows:
         self._db.execute("PRAGMA synchronous = FULL")
 
     def close(self) -> None:
-        """Close the connection; calls after it raise sqlite3.ProgrammingError."""
+        """Close the connection; calls after it raise OSError."""
         with self._lock:
             self._db.close()
 
     def all(self) -> list[Pending]:
         """The rows, by id; a parent is older than its children."""
-        with self._lock:
+        with self._lock, _as_oserror():
             rows = self._db.execute(
                 "SELECT id, key, parent FROM snapshots WHERE mount < 0 ORDER BY id"
             ).fetchall()
@@ -61,7 +72,7 @@ class PendingRows:
 
     def settle(self, snapshot_id: int, layer: LazyLayer) -> bool:
         """The row's layer is mounted; False when the row is not there any more, or not pending."""
-        with self._lock, self._db:  # commits, or rolls back
+        with self._lock, _as_oserror(), self._db:  # commits, or rolls back
             self._db.execute("BEGIN IMMEDIATE")
             query = "SELECT labels FROM snapshots WHERE id = ? AND mount < 0"
             found = self._db.execute(query, (snapshot_id,)).fetchone()
