@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -211,14 +212,7 @@ def _connect(directory: Path) -> socket.socket | None:
 def _start(directory: Path) -> socket.socket:
     """Start a keeper and connect to it."""
     address = _address(directory)
-    Path(address).unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        before = os.umask(0o177)
-        try:
-            listener.bind(address)
-        finally:
-            os.umask(before)
-        keeper_place.start(listener.fileno(), directory)
+    keeper_place.start(partial(_bound, address), directory)
     channel = _connect(directory)
     if channel is None:
         raise SociError(f"{address}: the keeper process did not start")
@@ -229,6 +223,19 @@ def _start(directory: Path) -> socket.socket:
             extra={"keeper": _pid(channel)},
         )
     return channel
+
+
+@contextmanager
+def _bound(address: str) -> Iterator[int]:
+    """The descriptor of a socket for a keeper to listen on."""
+    Path(address).unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        before = os.umask(0o177)
+        try:
+            listener.bind(address)
+        finally:
+            os.umask(before)
+        yield listener.fileno()
 
 
 def _pid(channel: socket.socket) -> int:

@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from soci_snapshotter.errors import SociError
@@ -23,15 +25,19 @@ SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
 _TIMEOUT = 10.0  # seconds for a process to start
 
 
-def start(number: int, directory: Path) -> None:
-    """Start a keeper on the bound socket `number`, for the run directory `directory`; it listens when this returns.
+Bound = Callable[[], AbstractContextManager[int]]
+"""Binds the keeper's socket, in place of any earlier one; its descriptor while the block lasts."""
 
+
+def start(bound: Bound, directory: Path) -> None:
+    """Start a keeper for the run directory `directory`; it listens when this returns.
+
+    Each try has a socket of its own: what seemed to fail may have left a keeper, which must get no client.
     SociError when it does not start.
     """
-    command = [sys.executable, "-I", "-S", keeper.__file__, str(number), str(directory)]
     here = cgroups.groups_of("self")
     if set(here.values()) <= {b"/"}:
-        _run(command, number)
+        _run(bound, directory)
         return
     if SYSTEMD.is_dir() and (scope := shutil.which("systemd-run")):
         unit = f"soci-snapshotter-keeper-{os.urandom(4).hex()}"
@@ -43,12 +49,12 @@ def start(number: int, directory: Path) -> None:
             "--description=SOCI snapshotter: keeper",
         )
         try:
-            _run([scope, *words, "--", *command], number)
+            _run(bound, directory, before=(scope, *words, "--"))
             return
         except SociError as problem:
             _log.warning("systemd gives the keeper no scope", extra={"error": str(problem)})
     places = [cgroups.make_group(top, GROUP) for top in cgroups.tops(mounts.mountinfo())]
-    _run([*command, *(os.fsdecode(place) for place in places if place)], number)
+    _run(bound, directory, groups=[os.fsdecode(place) for place in places if place])
 
 
 def escaped(pid: int) -> bool:
@@ -57,18 +63,23 @@ def escaped(pid: int) -> bool:
     return all(there.get(kind) != path for kind, path in cgroups.groups_of("self").items() if path != b"/")
 
 
-def _run(command: list[str], number: int) -> None:
+def _run(bound: Bound, directory: Path, *, before: Sequence[str] = (), groups: Sequence[str] = ()) -> None:
     try:
-        subprocess.run(
-            command,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            close_fds=True,
-            pass_fds=[number],
-            start_new_session=True,
-            timeout=_TIMEOUT,
-        )
+        with bound() as number:
+            subprocess.run(
+                [
+                    *before,
+                    *(sys.executable, "-I", "-S", keeper.__file__, str(number), str(directory)),
+                    *groups,
+                ],
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                close_fds=True,
+                pass_fds=[number],
+                start_new_session=True,
+                timeout=_TIMEOUT,
+            )
     except (OSError, subprocess.SubprocessError) as problem:
         raise SociError(f"the keeper process does not start: {problem}") from None
