@@ -19,8 +19,9 @@ from soci_snapshotter.errors import Precondition, SociError
 from soci_snapshotter.formats.erofs import build_meta
 from soci_snapshotter.formats.toc import Entry
 from soci_snapshotter.formats.tree import build_tree
-from soci_snapshotter.linux import fusedev, mounts
-from soci_snapshotter.serve import keeper, keeper_client
+from soci_snapshotter.linux import cgroups, fusedev, mounts
+from soci_snapshotter.linux.fusedev import Connection
+from soci_snapshotter.serve import keeper, keeper_client, keeper_place
 
 pytestmark = pytest.mark.root
 
@@ -141,14 +142,13 @@ def test_readers_survive_five_kills(run_dir: Path, tmp_path: Path) -> None:
 def test_the_deadline_ends_everything(run_dir: Path) -> None:
     """Without a daemon the keeper ends after its deadline; the next start is a fresh one."""
     with (
-        keeper_client.acquire(run_dir, deadline=0.5) as connection,
-        keeper_client.Watch(run_dir, connection, 0.5),
+        keeper_client.acquire(run_dir, deadline=3) as connection,
+        keeper_client.Watch(run_dir, connection, 3),
     ):
         assert connection.fresh
-        time.sleep(1)
+        time.sleep(5)  # longer than the deadline
         assert len(keepers(run_dir)) == 1
-    time.sleep(1.5)
-    assert keepers(run_dir) == []
+    wait_until(lambda: not keepers(run_dir))
     with keeper_client.acquire(run_dir) as connection:
         assert connection.fresh
 
@@ -290,6 +290,75 @@ def test_what_was_aborted_is_not_taken(run_dir: Path) -> None:
     with keeper_client.acquire(run_dir) as connection:
         assert connection.fresh and connection.alive
         assert len(keepers(run_dir)) == 1
+
+
+@pytest.fixture
+def blocked() -> Iterator[None]:
+    """SIGTERM and SIGINT are blocked, as they are in the daemon."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
+def test_a_signal_without_a_daemon(run_dir: Path, blocked: None, number: signal.Signals) -> None:
+    """A keeper that a daemon started with these signals blocked gets them all the same. With no daemon it ends, and the
+    connection with it, whoever else has its descriptors.
+    """
+    with keeper_client.acquire(run_dir) as connection:
+        [pid] = keepers(run_dir)
+        assert "SigBlk:\t0000000000000000\n" in Path(f"/proc/{pid}/status").read_text()
+        spare = Connection(
+            os.dup(connection.fuse_fd), os.dup(connection.mount_fd), connection.init_reply, fresh=False
+        )
+    with spare:
+        assert spare.alive
+        os.kill(pid, number)
+        wait_until(lambda: not keepers(run_dir))
+        assert not spare.alive
+    with keeper_client.acquire(run_dir) as connection:
+        assert connection.fresh
+
+
+def test_a_signal_beside_a_daemon(run_dir: Path, blocked: None) -> None:
+    """A keeper that is told to end leaves the connection to the daemon that lives, which starts another one."""
+    with keeper_client.acquire(run_dir) as connection, keeper_client.Watch(run_dir, connection):
+        [first] = keepers(run_dir)
+        os.kill(first, signal.SIGTERM)
+        wait_until(lambda: keepers(run_dir) not in ([], [first]))
+        wait_until(lambda: connection.held is not None)
+        assert connection.alive
+        device = connection.device
+    with keeper_client.acquire(run_dir) as connection:
+        assert (connection.fresh, connection.device) == (False, device)
+
+
+def test_a_scope_that_fails_late(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd-run fails when it has started a keeper already: the daemon's keeper is another, on another socket."""
+    scope = tmp_path / "systemd-run"
+    scope.write_text('#!/bin/sh\nuntil [ "$1" = -- ]; do shift; done\nshift\n"$@"\nexit 1\n')
+    scope.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(keeper_place, "SYSTEMD", tmp_path)
+    here = cgroups.groups_of
+    monkeypatch.setattr(cgroups, "groups_of", lambda pid: {b"": b"/a/unit"} if pid == "self" else here(pid))
+    with keeper_client.acquire(run_dir) as connection:
+        assert connection.fresh and connection.held is not None
+        pids = keepers(run_dir)
+        try:
+            assert len(pids) == 2
+            first, second = (
+                {os.readlink(one) for one in Path(f"/proc/{pid}/fd").iterdir() if one.is_symlink()}
+                for pid in pids
+            )
+            sockets = {link for link in first & second if link.startswith("socket:")}
+            assert not sockets
+        finally:
+            data = connection.held.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            for pid in set(pids) - {struct.unpack("3i", data)[0]}:
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_several_connections(run_dir: Path) -> None:

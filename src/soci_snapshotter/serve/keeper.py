@@ -5,7 +5,8 @@ to be seen in a process list; control groups to move to, those of a service mana
 It imports nothing of this package and as little as it can of the library: it is resident for ever.
 
 Protocol (version 2), one message each way on a unix SEQPACKET socket; the first byte is the version. A name is a byte
-of length and that many bytes: a keeper holds as many connections as there are names.
+of length and that many bytes: a keeper holds as many connections as there are names. The daemon of today has one; names
+are the protocol's reserve, for a later daemon that needs a second one beside what older mounts need.
 
     G <name>                              -> H <INIT answer> with [/dev/fuse, mount], or N (nothing of that name), or B
                                              (a live daemon holds what is here)
@@ -18,10 +19,14 @@ Whoever got H or K for P is the holder until its socket closes. The keeper waits
 `silent` seconds for a word of the one there is (it may be stopped, or hang). Then it aborts what it holds: readers get
 errors instead of waiting for ever. `abort` is the connection's file of that name in fusectl; without it, or at S, a
 connection ends when the last descriptor of its /dev/fuse closes, whoever has that.
+
+SIGTERM and SIGINT end the keeper. Nothing is aborted while a daemon lives: when a node shuts down containers may still
+have something to read, and a daemon that goes on starts another keeper. Else what is held is aborted.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # `signal` would import enum and re
 import _socket
 import os
 import select
@@ -43,6 +48,7 @@ class Keeper:
     """What is held, by name: descriptors and the INIT answer; and who holds it now."""
 
     def __init__(self, listener: _socket.socket) -> None:
+        listener.setblocking(False)  # who connected may be gone before it is accepted
         self.listener = listener
         self.held: dict[bytes, tuple[tuple[int, ...], bytes]] = {}
         self.gone = self.silent = DEADLINE
@@ -68,7 +74,10 @@ class Keeper:
             events = poll.poll(max(tick + length - now, 0) * 1000 + 1)
             for number, _ in sorted(events, key=lambda event: event[0] == self.listener.fileno()):
                 if number == self.listener.fileno():
-                    descriptor, _ = self.listener._accept()  # type: ignore[attr-defined]
+                    try:
+                        descriptor, _ = self.listener._accept()  # type: ignore[attr-defined]
+                    except BlockingIOError:
+                        continue
                     client = _socket.socket(fileno=descriptor)
                     self.clients[descriptor] = client
                     poll.register(descriptor, select.POLLIN)
@@ -83,6 +92,16 @@ class Keeper:
                 if number == self.holder:
                     self.holder = -1
                     self.left, tick = _TICKS, time.monotonic()
+
+    def end(self, number: int, frame: object) -> None:
+        """A signal's handler: end the process; what a living daemon holds is left to it."""
+        del number, frame
+        poll = select.poll()
+        if self.holder >= 0:
+            poll.register(self.holder, 0)  # POLLHUP comes unasked: its end, not seen by run() yet
+        if self.holder < 0 or poll.poll(0):
+            self._abort()
+        os._exit(0)
 
     def _abort(self) -> None:
         """End the connections, also those that somebody else has descriptors of."""
@@ -177,9 +196,13 @@ def main(arguments: list[str]) -> None:
     listener = _socket.socket(fileno=int(arguments[1]))
     os.chdir("/")
     listener.listen(_BACKLOG)  # again: whoever connects is told the pid of the process that did it last
+    keeper = Keeper(listener)
+    for number in (_signal.SIGTERM, _signal.SIGINT):
+        _signal.signal(number, keeper.end)
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())  # the daemon blocks these two, and exec(2) keeps that
     os.close(ready)
     os.close(said)
-    Keeper(listener).run()
+    keeper.run()
 
 
 if __name__ == "__main__":
