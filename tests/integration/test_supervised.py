@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from harness.images import Layout, layer_from_dir, shell_rootfs
 from harness.lazyrig import Rig, lazy_rig
+from tests.integration.test_complete import until
 
 from soci_snapshotter.containerd.client import ContainerdClient
 from soci_snapshotter.linux import cgroups, mounts
@@ -55,6 +56,19 @@ for path in {procs!r}:
         file.write("0")
 from soci_snapshotter.daemon.main import main
 main()
+"""
+# A call that waits until it may go on.
+SLOW = """
+import pathlib, time
+from soci_snapshotter.daemon.snapshots_service import SnapshotsService
+stat, place = SnapshotsService.Stat, pathlib.Path({place!r})
+def slow(self, request, context):
+    if request.key == "slow":
+        (place / "came").touch()
+        while not (place / "go").exists():
+            time.sleep(0.02)
+    return stat(self, request, context)
+SnapshotsService.Stat = slow
 """
 
 
@@ -270,7 +284,7 @@ def test_the_descriptor_store(
         with rig.rootfs(layout, "soci") as root:
             assert (root / "file2").read_bytes() == (rig.base / "box/file2").read_bytes()
         rig.daemon.stop(signal.SIGINT)
-        assert manager.stored == {}
+        until(lambda: manager.stored == {}, "the store was not emptied")
 
 
 def mount_of(pid: int) -> int:
@@ -290,9 +304,9 @@ def abort_all(minor: int) -> None:
     os.close(control)
 
 
-def test_a_socket_from_systemd(rig: Rig, layout: Layout, daemon_as_it_was: None) -> None:
-    """`--address fd://`: who connected before the daemon started is answered, containerd pulls and runs through it, and
-    the socket stays when the daemon stops.
+def test_a_socket_from_systemd(rig: Rig, layout: Layout, tmp_path: Path, daemon_as_it_was: None) -> None:
+    """`--address fd://`: who connected before the daemon started is answered, containerd pulls and runs through it, a
+    call that is under way at SIGTERM has its answer, and the socket stays when the daemon stops.
     """
     rig.daemon.stop(signal.SIGTERM)
     with Manager(rig.base) as manager:
@@ -300,7 +314,7 @@ def test_a_socket_from_systemd(rig: Rig, layout: Layout, daemon_as_it_was: None)
         manager.listener = socket.socket(socket.AF_UNIX)
         manager.listener.bind(str(rig.daemon.address))
         manager.listener.listen(64)
-        change = 'sys.argv[sys.argv.index("--address") + 1] = "fd://"'
+        change = 'sys.argv[sys.argv.index("--address") + 1] = "fd://"' + SLOW.format(place=str(tmp_path))
         rig.daemon.program = ("-c", LAUNCH.format(path=str(manager.start), address=change))
         for _ in range(2):
             with ThreadPoolExecutor(1) as early:
@@ -312,15 +326,31 @@ def test_a_socket_from_systemd(rig: Rig, layout: Layout, daemon_as_it_was: None)
             rig.reconnected()
             said = rig.containerd.run(rig.name("box"), "/bin/sh", "-c", "echo hello", snapshotter="soci")
             assert said == "hello\n"
-            rig.daemon.stop(signal.SIGTERM)
+            stopped_under_way(rig, tmp_path)
             assert rig.daemon.address.is_socket()
     rig.daemon.address.unlink()
 
 
-def answers(address: Path) -> bool:
+def stopped_under_way(rig: Rig, place: Path) -> None:
+    """SIGTERM while a call waits, see SLOW: it is answered, and the daemon ends."""
+    said = rig.daemon.log.count('"msg": "stopping"')
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(answers, rig.daemon.address, "slow")
+        until((place / "came").exists, "the call did not come")
+        rig.daemon.process.send_signal(signal.SIGTERM)
+        until(lambda: rig.daemon.log.count('"msg": "stopping"') > said, "the daemon does not stop")
+        time.sleep(0.3)  # for it to hang up, if it would
+        (place / "go").touch()
+        assert asked.result(60)
+    assert rig.daemon.process.wait(60) == 0
+    for name in ("came", "go"):
+        (place / name).unlink()
+
+
+def answers(address: Path, key: str = "nothing") -> bool:
     """Whether the snapshots service there says that it knows no such snapshot."""
     with ContainerdClient(str(address)) as client:
-        return not client.snapshots("soci").exists("nothing")
+        return not client.snapshots("soci").exists(key)
 
 
 def refused(rig: Rig, *, root: Path, address: str, source: Path = SOURCE) -> str:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import grpc
 import pytest
 
 from soci_snapshotter.daemon import systemd
@@ -83,7 +84,7 @@ def test_bytes_pass(places: tuple[socket.socket, Path, Path]) -> None:
     listener, front, back = places
     with echo(back), ThreadPoolExecutor(20) as clients:
         first = clients.submit(talk, front, 0)
-        with Relay(listener, back):
+        with Relay(listener, back) as relay, relay.accepting():
             for done in [first, *(clients.submit(talk, front, seed) for seed in range(1, 20))]:
                 done.result(100)
 
@@ -93,22 +94,61 @@ def test_the_end(places: tuple[socket.socket, Path, Path]) -> None:
     listener, front, back = places
     with echo(back), socket.socket(socket.AF_UNIX) as channel:
         channel.settimeout(30)
-        with Relay(listener, back):
+        with Relay(listener, back) as relay, relay.accepting():
             channel.connect(str(front))
             channel.sendall(b".x")
             assert channel.recv(1) == b"x"
         assert channel.recv(10) in {b"", b"<1>"}
         with socket.socket(socket.AF_UNIX) as late:
             late.connect(str(front))
-            with Relay(listener, back):
+            with Relay(listener, back) as relay, relay.accepting():
                 late.sendall(b".y")
                 assert late.recv(1) == b"y"
+
+
+def test_a_call_under_way(places: tuple[socket.socket, Path, Path]) -> None:
+    """A gRPC call that is under way when the relay accepts no more has its answer, all of it, when the server stops;
+    who connects meanwhile waits for the next daemon.
+    """
+    listener, front, back = places
+    came, go = threading.Event(), threading.Event()
+    answer = os.urandom(3 << 20)
+
+    def slow(request: bytes, context: grpc.ServicerContext) -> bytes:
+        came.set()
+        assert go.wait(60)
+        return answer
+
+    class Handlers(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.unary_unary_rpc_method_handler(slow)
+
+    server = grpc.server(ThreadPoolExecutor(2), handlers=(Handlers(),))
+    server.add_insecure_port(f"unix:{back}")
+    server.start()
+    unlimited = [("grpc.max_receive_message_length", -1)]
+    with (
+        grpc.insecure_channel(f"unix:{front}", unlimited) as channel,
+        socket.socket(socket.AF_UNIX) as late,
+    ):
+        with Relay(listener, back) as relay:
+            with relay.accepting():
+                call = channel.unary_unary("/slow/Slow").future(b"")
+                assert came.wait(60)
+            late.connect(str(front))
+            assert not call.done()
+            stopped = server.stop(60)
+            go.set()
+            assert stopped.wait(60)
+        assert call.result(60) == answer
+        taken, _ = listener.accept()
+        taken.close()
 
 
 def test_nobody_behind(places: tuple[socket.socket, Path, Path]) -> None:
     """A connection that cannot be passed on is hung up on, and the next one is tried anew."""
     listener, front, back = places
-    with Relay(listener, back):
+    with Relay(listener, back) as relay, relay.accepting():
         with socket.socket(socket.AF_UNIX) as channel:
             channel.settimeout(30)
             channel.connect(str(front))

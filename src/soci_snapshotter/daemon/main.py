@@ -8,8 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -95,10 +94,13 @@ def _serve(address: str, config_path: Path, log_level: str, root: Path) -> None:
     survival = Survival(found, on_abort=abort)
     with startup.owned(root):
         startup.free_socket(ours)
-        with (
-            running(loaded, root=root, address=ours, docker_config=docker, survival=survival) as daemon,
-            _relayed(listener, ours),
-        ):
+        with ExitStack() as stack:
+            relay = stack.enter_context(Relay(listener, ours)) if listener is not None else None
+            daemon = stack.enter_context(
+                running(loaded, root=root, address=ours, docker_config=docker, survival=survival)
+            )
+            if relay is not None:
+                stack.enter_context(relay.accepting())
             systemd.notify("READY=1")
             _log.info("serving", extra={"address": address, "root": str(root), "version": __version__})
             number = signal.sigwait({signal.SIGTERM, signal.SIGINT})
@@ -130,15 +132,6 @@ def _places(address: str, found: systemd.Inherited) -> tuple[Path, socket.socket
     if not address.startswith("/"):
         raise Config(f"--address {address}: want an absolute path of a unix socket, or fd://")
     return Path(address), None
-
-
-@contextmanager
-def _relayed(listener: socket.socket | None, address: Path) -> Iterator[None]:
-    if listener is None:
-        yield
-        return
-    with Relay(listener, address):
-        yield
 
 
 def main() -> None:
