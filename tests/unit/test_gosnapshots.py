@@ -460,7 +460,7 @@ def test_layers_return_in_the_background(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_does_not_take_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While rows cannot be settled their layers' references are given back, the background goes on, and then all return."""
+    """While rows cannot be settled their layers are given back, the background goes on, and then all return."""
     layers = Layers()
     layers.gate.set()
     settle, refused = PendingRows.settle, threading.Event()

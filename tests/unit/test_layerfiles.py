@@ -75,7 +75,7 @@ def test_a_failed_write_back_takes_marks_back(tmp_path: Path, monkeypatch: pytes
 
 
 def test_whole_after_a_failed_write_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer is whole in the epoch whose marks are all there: not before the last span, nor in a later epoch by itself."""
+    """A layer is whole in the epoch whose marks are all there: not before the last span, nor later by itself."""
     with opened(tmp_path) as files:
         for span in range(4):
             assert files.whole() == -1
