@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -181,6 +182,63 @@ def test_a_registry_without_the_api_has_the_fallback_tag(refusal: str) -> None:
         pushed = here.push(index("a"))
         assert here.find() == pushed
         assert here.client.has_referrers(here.repo, SUBJECT.digest) is False
+
+
+class Guarded:
+    """A registry that wants a login, Basic or Bearer or an anonymous token, and gives nobody its referrers API."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.open = True
+        self.tokens = 0
+        self.right = ""
+
+    def __call__(self, asked: Asked) -> bytes | None:
+        """An answer instead of the registry's own."""
+        if self.open:
+            return None
+        if asked.path.startswith("/token"):
+            assert ("authorization" in asked.headers) == (self.kind == "bearer")
+            self.tokens += 1
+            self.right = f"Bearer t{self.tokens}"
+            return reply("200 OK", b'{"token": "t%d", "expires_in": 300}' % self.tokens)
+        challenge = 'Basic realm="x"'
+        if self.kind != "basic":
+            challenge = f'Bearer realm="http://{asked.headers["host"]}/token",scope="repository:a/b:pull"'
+        else:
+            self.right = "Basic " + base64.b64encode(b"me:pw").decode()
+        if asked.headers.get("authorization", "none") != self.right:
+            return reply("401 Unauthorized", WWW_Authenticate=challenge)
+        return reply("403 Forbidden") if "/referrers/" in asked.path else None
+
+
+@pytest.mark.parametrize("kind", ["basic", "bearer", "anonymous"])
+def test_a_closed_referrers_api_does_not_lock_the_repository(kind: str) -> None:
+    """403 for the API with a login that is good for all else: the fallback tag is read, again and again, and a blob
+    after it at once; only the very first request goes without what was granted."""
+    guarded = Guarded(kind)
+    with place(MemRegistry(referrers=False, before=guarded)) as here:
+        pushed = here.push(index("a"))
+        data = b"blob"
+        blob = Descriptor("application/octet-stream", digests.sha256(data), len(data))
+        here.client.push_blob(here.repo, blob, lambda: (data,))
+        guarded.open = False
+        before = len(here.server.asked)
+        login = None if kind == "anonymous" else (lambda _: ("me", "pw"))
+        with RegistryClient(FAST, login) as client:
+            reading = Place(here.registry, here.server, client)
+            assert client.resolve(reference.parse(f"{here.server.host}/a/b:1")) == SUBJECT
+            for _ in range(3):
+                assert reading.find(v2=True) == pushed
+                assert client.fetch(here.repo, blob, len(data)) == data
+                assert client.has_referrers(here.repo, SUBJECT.digest) is False
+                assert client.fetch(here.repo, blob, len(data)) == data
+        refused = sum("/referrers/" in asked.path for asked in here.server.asked)
+        assert guarded.tokens <= (0 if kind == "basic" else refused)
+        asked_bare = [asked for asked in here.server.asked[before:] if "authorization" not in asked.headers]
+        assert [asked.path for asked in asked_bare if not asked.path.startswith("/token")] == [
+            "/v2/a/b/manifests/1"
+        ]
 
 
 def test_the_smallest_of_several_indexes_is_taken_and_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -218,6 +218,87 @@ def test_a_rejected_token_is_renewed_once_and_then_another_login_is_tried() -> N
     assert challenged(one, fourth) is None
 
 
+BASIC = 'Basic realm="x"'
+
+
+@pytest.mark.parametrize("field", [BASIC, BEARER], ids=["basic", "bearer"])
+def test_a_login_that_works_is_kept_when_one_object_is_refused(field: str) -> None:
+    """It was believed, and then one request is refused with all it has: that request gets no more, the next one
+    begins with it again, and after that it still answers for a token that was revoked."""
+    service = Service()
+    one = made(service, Source(ME))
+    for _ in range(5):
+        header = one.header(SCOPE) or challenged(one, field=field)
+        assert header is not None
+        one.worked(SCOPE, header)
+        over: set[auth.Use] = set()
+        again: str | None = header
+        count = 0
+        while again is not None:
+            again = one.answer(SCOPE, URL, field, again, None, over)
+            count += 1
+        assert count == (1 if field == BASIC else 2)
+    kept = one.header(SCOPE)
+    assert kept is not None
+    one.worked(SCOPE, kept)
+    renewed = challenged(one, kept)
+    assert renewed == f"Bearer t{len(service.asked)}"
+
+
+def test_the_next_login_is_tried_before_one_that_stopped_working() -> None:
+    """One login of two was believed and is rejected: the other answers, without a word to the first; rejected too, it
+    is refused, and the first is the last choice."""
+    one = made(Service(), Source(ME, OTHER))
+    first = challenged(one, field=BASIC)
+    assert first == tokens.basic(ME)
+    one.worked(SCOPE, first)
+    over: set[auth.Use] = set()
+    second = one.answer(SCOPE, URL, BASIC, first, None, over)
+    assert second == one.header(SCOPE) == tokens.basic(OTHER)
+    assert one.answer(SCOPE, URL, BASIC, second, None, over) is None
+    assert one.header(SCOPE) == first
+    one.drop(ME, SCOPE.repository)
+    assert one.header(SCOPE) == first  # its source has it still
+    assert one.answer(SCOPE, URL, BASIC, first) is None  # but that it worked is forgotten
+    assert one.header(SCOPE) is None
+
+
+def test_a_login_that_does_not_work_any_more_is_refused_in_the_end() -> None:
+    """Rejected by one request after the other: a password that was changed is not sent without end."""
+    one = made(Service(), Source(ME))
+    header = challenged(one, field=BASIC)
+    assert header is not None
+    one.worked(SCOPE, header)
+    sent = 0
+    for _ in range(100):
+        given = one.header(SCOPE) or challenged(one, field=BASIC)
+        if given is not None:
+            sent += 1
+            assert challenged(one, given, field=BASIC) is None
+    assert sent == 17
+
+
+def test_an_answer_to_an_older_header_says_nothing_of_the_newer() -> None:
+    """The first token worked, its successor never did: two in a row, and the login is refused as ever."""
+    service = Service()
+    one = made(service, Source(ME), Source(OTHER))
+    first = challenged(one)
+    assert first is not None
+    second = challenged(one, first)
+    one.worked(SCOPE, first)
+    challenged(one, second)
+    assert service.users == ["me", "me", "other"]
+
+
+@pytest.mark.parametrize(
+    ("status", "is_believed"),
+    [(200, True), (307, True), (404, True), (401, False), (403, False), (503, False)],
+)
+def test_what_shows_that_a_login_was_believed(status: int, is_believed: bool) -> None:
+    """Success, a redirect, an object that is not there; not what a proxy may say that never looked at it."""
+    assert auth.believed(status) is is_believed
+
+
 def test_a_403_without_a_challenge_is_answered_as_the_last_was() -> None:
     """ECR's way: the login is asked for anew, and the newer one is used."""
     source = Source(ME)
@@ -435,6 +516,29 @@ def test_an_error_reaches_everyone_who_waits() -> None:
     asked = count[0]
     ask()
     assert count[0] == asked + 1
+
+
+def test_who_has_a_deadline_waits_no_longer() -> None:
+    """A token service that hangs: whoever asks, and whoever joins, hears so at their deadline; the token that comes
+    after it is there for the next."""
+    service, gate = Service(), threading.Event()
+
+    def slow(request: TokenRequest) -> bytes:
+        gate.wait(30)
+        return service(request)
+
+    one = Authenticator(Keychain([Source(ME)]), slow)
+    try:
+        for _ in range(2):
+            with pytest.raises(Remote, match="no token"):
+                one.answer(SCOPE, URL, BEARER, None, deadline=time.monotonic() + 0.05)
+            with pytest.raises(Remote, match="no token"):
+                one.header(SCOPE, time.monotonic() + 0.05)
+        assert not gate.is_set()
+    finally:
+        gate.set()
+    assert one.header(SCOPE, time.monotonic() + 10) == "Bearer t1"
+    assert len(service.asked) == 1
 
 
 def test_many_scopes_are_forgotten_in_the_end(clock: Clock) -> None:

@@ -20,7 +20,7 @@ from soci_snapshotter.formats.httpfields import Range, parse_content_range, pars
 from soci_snapshotter.policy.counters import LayerCounters
 from soci_snapshotter.policy.retry import is_transient
 from soci_snapshotter.registry import failures, urls
-from soci_snapshotter.registry.auth import MAX_ANSWERS, Scope
+from soci_snapshotter.registry.auth import MAX_ANSWERS, Scope, Use, believed
 from soci_snapshotter.registry.failures import Subject, Transient
 from soci_snapshotter.registry.pool import Connection, ConnectionPool, Peer
 from soci_snapshotter.registry.routes import Route
@@ -156,14 +156,17 @@ class BlobRoute:
 
     def _ask(self, wanted: Range, deadline: float) -> _Exchange:
         """The head of a 200 or 206 for this range, after authorization and redirects."""
-        authorization = self._auth.header(self._scope)
+        until = min(deadline, time.monotonic() + self._whole)
+        authorization = self._auth.header(self._scope, until)
         answers = 0
+        over: set[Use] = set()
         url = self._target or self._home
         at_home = url == self._home
-        until = min(deadline, time.monotonic() + self._whole)
         for _ in range(urls.MAX_REDIRECTS + 2 + MAX_ANSWERS):  # the hops, and an expired target
             exchange = self._timed_send(url, wanted, authorization if at_home else None, until)
             status = exchange.response.status
+            if at_home and authorization is not None and believed(status):
+                self._auth.worked(self._scope, authorization)
             if status in (200, 206):
                 if not at_home:
                     self._target = url
@@ -182,7 +185,7 @@ class BlobRoute:
                 # ECR says 403, not 401, when a token has expired.
                 answers += 1
                 authorization = self._auth.answer(
-                    self._scope, self._home, challenge, authorization, self._endpoint
+                    self._scope, self._home, challenge, authorization, self._endpoint, over, until
                 )
                 if authorization is None:
                     raise failures.refused(self._subject, status, body)

@@ -31,6 +31,8 @@ from soci_snapshotter.registry.auth import (
     Authenticator,
     Scope,
     TokenRequest,
+    Use,
+    believed,
 )
 from soci_snapshotter.registry.contexts import Contexts
 from soci_snapshotter.registry.credentials import CredentialProvider
@@ -160,8 +162,11 @@ class Session:
         """One try: the head of an answer with an expected status. Raises Transient, Remote or NotFound."""
         authorization = self.authenticator.header(call.scope)
         answers = 0
+        over: set[Use] = set()
         while True:
             response, at_home = self._follow(call, authorization)
+            if authorization is not None and (not at_home or believed(response.status)):
+                self.authenticator.worked(call.scope, authorization)
             if response.status in call.expected:
                 return response
             body = discard(response)
@@ -172,7 +177,7 @@ class Session:
                 answers += 1
                 field = response.headers.get("WWW-Authenticate", "")
                 authorization = self.authenticator.answer(
-                    call.scope, call.url, field, authorization, call.endpoint
+                    call.scope, call.url, field, authorization, call.endpoint, over
                 )
                 if authorization is not None:
                     continue
