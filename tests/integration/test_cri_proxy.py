@@ -309,6 +309,47 @@ def test_a_failed_pull_leaves_its_login_behind(rig: Rig) -> None:
     assert [login.user for login in rig.known()] == ["good"]
 
 
+def test_a_failed_pull_takes_no_login_that_another_pull_proved(rig: Rig) -> None:
+    """The registry is away when kubelet pulls again, also with wrong logins, more than are kept: what pulled the image
+    before is there, for the host it was good for. A login that fails in one pull and works in another, begun at the
+    same time, stays."""
+    good = rig.cri.answers["PullImage"]
+    rig.pull(username="good", password="p")
+
+    def fail(_: bytes, context: grpc.ServicerContext) -> bytes:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "away")
+
+    rig.cri.answers["PullImage"] = fail
+    for auth in ({"username": "good"}, {"username": "good", "server_address": "mirror.test"}):
+        with pytest.raises(grpc.RpcError):
+            rig.pull(password="p", **auth)
+    for number in range(6):
+        with pytest.raises(grpc.RpcError):
+            rig.pull(username=f"bad{number}", password="p")
+    assert rig.known() == [Login("good", "p")]
+    assert rig.known(host="mirror.test") == []
+    rig.cri.answers["PullImage"] = good
+    one = pb.PullImageRequest(image=pb.ImageSpec(image=IMAGE), auth=pb.AuthConfig(username="both"))
+    pulls = [rig.logins.pulling(one.SerializeToString()) for _ in range(2)]
+    assert pulls[0] is not None
+    assert pulls[1] is not None
+    rig.logins.failed(pulls[0])
+    rig.logins.pulled(pulls[1], b"")
+    assert [login.user for login in rig.known()] == ["both", "good"]
+
+
+def test_wrong_logins_take_no_place_from_the_right_one_while_they_are_tried(rig: Rig) -> None:
+    """A dozen pulls of one image run at once with as many logins: the one that works is still known."""
+    rig.pull(username="good", password="p")
+    for number in range(12):
+        request = pb.PullImageRequest(
+            image=pb.ImageSpec(image=IMAGE), auth=pb.AuthConfig(username=f"bad{number}")
+        )
+        rig.logins.pulling(request.SerializeToString())
+    assert "good" in [login.user for login in rig.known()]
+    assert len(rig.known()) <= 8
+
+
 @pytest.mark.parametrize("name", [IMAGE, "sha256:abc", "r.test:5000/team/app:alias"])
 def test_removing_an_image_forgets_its_logins(rig: Rig, name: str) -> None:
     """By its name, by its identity (kubelet's garbage collection) or by another name of it: containerd removes all."""

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -50,13 +50,41 @@ _OWN_HEADERS = frozenset({"user-agent", "content-type", "te"})
 _Metadata = tuple[tuple[str, str | bytes], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A login with the server address it was given for, "" for the reference's own; `proven` by a pull."""
+
+    login: Login
+    server: str
+    proven: bool = False
+
+    def same(self, other: _Given) -> bool:
+        """The same login for the same registry."""
+        return (self.login, self.server) == (other.login, other.server)
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """A pull under way with a login."""
+
+    reference: Reference
+    given: _Given
+
+
 @dataclass(slots=True)
 class _Kept:
     """What is known of one image reference; newest login first. `identity` is what PullImage answered."""
 
     reference: Reference
-    logins: tuple[tuple[Login, str], ...] = ()  # with the server address, "" for the reference's own
+    logins: tuple[_Given, ...] = ()
     identity: str = ""
+
+    def add(self, given: _Given) -> None:
+        """As the newest. Those that no pull has proven take no place from the others."""
+        known = (given, *(each for each in self.logins if not each.same(given)))
+        proven = [each for each in known if each.proven][:_LOGINS]
+        others = [each for each in known if not each.proven][:_LOGINS]
+        self.logins = tuple(each for each in known if each in (proven if each.proven else others))
 
 
 class CriLogins:
@@ -74,15 +102,15 @@ class CriLogins:
         del fresh
         with self._lock:
             found = [
-                login
+                given.login
                 for kept in reversed(self._images.values())
                 if kept.reference.repository == repository
-                for login, server in kept.logins
-                if dockerconfig.same_registry(server or kept.reference.host, host)
+                for given in kept.logins
+                if dockerconfig.same_registry(given.server or kept.reference.host, host)
             ]
-        yield from found
+        yield from dict.fromkeys(found)  # one may have been given under several names of a registry
 
-    def pulling(self, request: bytes) -> tuple[str, Login] | None:
+    def pulling(self, request: bytes) -> Pull | None:
         """Keep the login of a PullImageRequest; what `failed` and `pulled` are told then. None if it has none."""
         try:
             message = pb.PullImageRequest.FromString(request)
@@ -92,34 +120,43 @@ class CriLogins:
         login = _login(message.auth)
         if login is None:
             return None
-        key = str(named)
+        pull = Pull(named, _Given(login, message.auth.server_address))
         with self._lock:
-            kept = self._images.setdefault(key, _Kept(named))
-            others = tuple(each for each in kept.logins if each[0] != login)
-            kept.logins = ((login, message.auth.server_address), *others)[:_LOGINS]
-            self._images.move_to_end(key)
-            if len(self._images) > _IMAGES:
-                self._images.popitem(last=False)
-        return key, login
+            kept = self._images.get(str(named))
+            before = () if kept is None else kept.logins
+            self._add(pull, proven=any(each.proven for each in before if each.same(pull.given)))
+        return pull
 
-    def pulled(self, key: str, answer: bytes) -> None:
-        """The pull succeeded: its answer says by which identity the image may be removed."""
+    def pulled(self, pull: Pull, answer: bytes) -> None:
+        """The pull succeeded: the login is good, and the answer says by which identity the image may be removed."""
         try:
             identity = pb.PullImageResponse.FromString(answer).image_ref
         except DecodeError:
-            return
-        with self._lock:
-            if key in self._images:
-                self._images[key].identity = identity
+            identity = ""
+        with self._lock:  # another pull with the same login may have failed meanwhile
+            kept = self._add(pull, proven=True)
+            kept.identity = identity or kept.identity
 
-    def failed(self, key: str, login: Login) -> None:
-        """The pull failed: perhaps the login is wrong; kubelet tries others it has."""
+    def failed(self, pull: Pull) -> None:
+        """The pull failed: perhaps the login is wrong; kubelet tries others it has. One that pulled the image before
+        stays: the registry may have been away."""
+        key = str(pull.reference)
         with self._lock:
             kept = self._images.get(key)
             if kept is not None:
-                kept.logins = tuple(each for each in kept.logins if each[0] != login)
+                kept.logins = tuple(each for each in kept.logins if each.proven or not each.same(pull.given))
                 if not kept.logins:
                     del self._images[key]
+
+    def _add(self, pull: Pull, *, proven: bool) -> _Kept:
+        """Under the lock."""
+        key = str(pull.reference)
+        kept = self._images.setdefault(key, _Kept(pull.reference))
+        kept.add(replace(pull.given, proven=proven))
+        self._images.move_to_end(key)
+        if len(self._images) > _IMAGES:
+            self._images.popitem(last=False)
+        return kept
 
     def removed(self, request: bytes) -> None:
         """The image of a RemoveImageRequest is gone, named by a reference or by its identity, and its other names."""
@@ -138,8 +175,8 @@ class CriLogins:
             forgotten = [self._images.pop(each) for each in keys]
         if self.dropped is not None:
             for image in forgotten:
-                for login, _ in image.logins:
-                    self.dropped(login, image.reference.repository)
+                for given in image.logins:
+                    self.dropped(given.login, image.reference.repository)
 
 
 def _login(auth: pb.AuthConfig) -> Login | None:
@@ -200,7 +237,7 @@ class CriProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in 
     def _forward(
         self, method: str, name: str, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
-        pull: tuple[str, Login] | None = None
+        pull: Pull | None = None
         removal = b""
         if name in ("PullImage", "RemoveImage"):
             first = next(requests, None)
@@ -222,7 +259,7 @@ class CriProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in 
             context.set_trailing_metadata(_pairs(call.trailing_metadata()))
             done = True
             if pull is not None:
-                self._logins.pulled(pull[0], answer)
+                self._logins.pulled(pull, answer)
             elif name == "RemoveImage":
                 self._logins.removed(removal)
         except grpc.RpcError:
@@ -231,7 +268,7 @@ class CriProxy(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in 
             context.set_details(call.details() or "")
         finally:
             if not done and pull is not None:
-                self._logins.failed(*pull)
+                self._logins.failed(pull)
 
 
 def _time_left(context: grpc.ServicerContext) -> float | None:
