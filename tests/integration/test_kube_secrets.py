@@ -155,6 +155,23 @@ def test_a_broken_secret_spoils_no_other(api: KubeApi, caplog: pytest.LogCapture
     assert "MARKED-SECRET" not in told
 
 
+def test_a_broken_entry_hides_no_good_one(api: KubeApi, caplog: pytest.LogCaptureFixture) -> None:
+    """The entry that fits best is broken: the next one serves, and the log names the broken one, once, unquoted."""
+    good = secret("r.test", "good")["auths"]
+    assert isinstance(good, dict)
+    api.put("mixed", {"auths": {"r.test/a/b": {"auth": "MARKED-SECRET"}, **good}})
+    with caplog.at_level(logging.DEBUG), synced(api) as source:
+        assert users(source) == ["good"]
+        assert users(source) == ["good"]
+        api.put(
+            "mixed", {"auths": {"r.test/a/b": {"auth": "MARKED-SECRET"}, **secret("r.test", "new")["auths"]}}
+        )  # type: ignore[dict-item]
+        until(lambda: users(source) == ["new"])
+    told = [str(record.__dict__.get("reason")) for record in caplog.records]
+    assert len([each for each in told if "default/mixed" in each and "r.test/a/b" in each]) == 1
+    assert "MARKED-SECRET" not in str([record.__dict__ for record in caplog.records])
+
+
 def test_a_server_that_is_away_or_refuses_is_asked_until_it_answers(
     api: KubeApi, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from soci_snapshotter.errors import Config
 from soci_snapshotter.formats import dockerconfig
 from soci_snapshotter.formats.dockerconfig import Login
+from soci_snapshotter.registry import once
 from soci_snapshotter.registry.credentials import DockerConfig
 from soci_snapshotter.registry.credhelpers import Helpers
 from soci_snapshotter.registry.keychains import Keychain, keychain
@@ -294,6 +295,38 @@ def test_the_file_says_which_helper(box: Box) -> None:
     assert [each.user for each in config.logins("r.test", "a")] == ["own"]
     assert [each.user for each in config.logins("q.test", "a")] == ["store"]
     assert [each.user for each in config.logins("n.test", "a")] == ["inline"]
+
+
+def test_a_broken_entry_comes_after_the_good_ones() -> None:
+    """Entries that fit are given although one before them is broken; the first broken one is named at the end."""
+    auths = {"r.test/a/b": {"auth": "!!!"}, "r.test/a": {"auth": "???"}, "r.test": auth("me:pw")}
+    file = dockerconfig.parse(json.dumps({"auths": auths}).encode(), "x")
+    found: list[Login] = []
+    with pytest.raises(Config, match=r"auths\['r.test/a/b'\]"):
+        for login in file.logins("r.test", "a/b"):
+            found.append(login)
+    assert found == [Login("me", "pw")]
+    assert "r.test/a" in str(file.problem())
+    assert dockerconfig.parse(b'{"auths": {"r.test": {}}}', "x").problem() is None
+
+
+def test_nobody_waits_without_end_for_another_threads_helper(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread runs the helper and does not come back: who waits for its answer gets Config, naming the helper."""
+    monkeypatch.setattr(once, "_WAIT", 0.05)
+    box.put("slow", f"while [ ! -e {box.directory}/go ]; do sleep 0.02; done; {ANSWER}")
+    helpers = box.helpers()
+    first = threading.Thread(target=lambda: helpers.login("slow", "r.test"))
+    first.start()
+    try:
+        while not box.runs("slow"):
+            time.sleep(0.01)
+        with pytest.raises(Config, match=r"slow for r\.test: no answer"):
+            helpers.login("slow", "r.test")
+    finally:
+        (box.directory / "go").touch()
+        first.join()
 
 
 # --- several sources ------------------------------------------------------------------------------------------

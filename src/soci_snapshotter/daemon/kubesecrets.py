@@ -44,6 +44,8 @@ _KEY = ".dockerconfigjson"
 _LINE = 4 << 20
 _PAGE = 50
 _PAGE_BYTES = 64 << 20
+# Broken secrets that were named in the log; one that is listed again is not named again.
+_TOLD = 256
 # A cluster of thousands of namespaces with one secret each; beyond that memory is worth more.
 _MOST = 10_000
 # The server is asked to end a watch after this, and one that says nothing for longer is dead.
@@ -101,6 +103,7 @@ class KubeSecrets:
         self._first_wait = first_wait
         self._lock = threading.Lock()
         self._files: dict[str, DockerFile] = {}  # by namespace/name
+        self._told: set[str] = set()  # its thread's
         self._stop = threading.Event()
         self._connection: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="kube-secrets", daemon=True)
@@ -129,7 +132,9 @@ class KubeSecrets:
         with self._lock:
             files = sorted(self._files.items())
         for _, file in files:
-            with contextlib.suppress(Config):  # an entry of it; said when the secret came
+            with contextlib.suppress(
+                Config
+            ):  # an entry of it, after all that are good; said when the secret came
                 yield from file.logins(host, repository)
 
     def _run(self) -> None:
@@ -234,6 +239,17 @@ class KubeSecrets:
             _log.warning("kubernetes secret is broken", extra={"reason": str(error)})
         else:
             files[name] = file
+            problem = file.problem()
+            if problem is not None:
+                self._tell(str(problem))
+
+    def _tell(self, problem: str) -> None:
+        if problem in self._told:
+            return
+        if len(self._told) >= _TOLD:
+            self._told.clear()
+        self._told.add(problem)
+        _log.warning("an entry of a kubernetes secret is broken", extra={"reason": problem})
 
     @contextlib.contextmanager
     def _get(

@@ -88,16 +88,38 @@ class DockerFile:
         return self.store
 
     def logins(self, host: str, repository: str) -> Iterator[Login]:
-        """What `auths` has for a repository of `host[:port]`, what fits best first. Config names a broken entry."""
+        """What `auths` has for a repository of `host[:port]`, what fits best first.
+
+        Config names a broken entry, after all others.
+        """
         ranked = [
             (rank, place, entry)
             for place, entry in self.entries
             if (rank := place.rank(host, repository)) is not None
         ]
+        problem: Config | None = None
         for _, place, entry in sorted(ranked, key=lambda each: each[0], reverse=True):
-            login = _login(entry, f"{self.name}: auths[{place.key!r}]")
+            try:
+                login = self._login(place, entry)
+            except Config as error:
+                problem = problem or error
+                continue
             if login is not None:
                 yield login
+        if problem is not None:
+            raise problem
+
+    def problem(self) -> Config | None:
+        """Names the first entry of `auths` that is broken; None when there is none."""
+        for place, entry in self.entries:
+            try:
+                self._login(place, entry)
+            except Config as error:
+                return error
+        return None
+
+    def _login(self, place: _Place, entry: _Entry) -> Login | None:
+        return _login(entry, f"{self.name}: auths[{place.key!r}]")
 
 
 def parse(data: bytes, name: str) -> DockerFile:

@@ -64,7 +64,10 @@ class Helpers:
             except Config as error:
                 return error, _FAILED
 
-        answer = self._answers.get((name, host), ask, newer_than=_JUST_NOW if fresh else None)
+        try:
+            answer = self._answers.get((name, host), ask, newer_than=_JUST_NOW if fresh else None)
+        except TimeoutError:
+            raise Config(f"docker-credential-{name[:100]} for {host}: no answer; run it by hand") from None
         if isinstance(answer, Config):
             raise answer
         return answer

@@ -13,10 +13,15 @@ T = TypeVar("T")
 
 # Beyond this many remembered answers the stale ones are dropped.
 _KEPT = 256
+# Seconds for which another thread's answer is waited for: whatever asks has a shorter patience of its own.
+_WAIT = 60.0
 
 
 class Once(Generic[K, T]):
-    """Answers by key. Thread safe; `ask` runs outside its lock. An error reaches everyone who waited."""
+    """Answers by key. Thread safe; `ask` runs outside its lock. An error reaches everyone who waited.
+
+    TimeoutError reaches who waited a minute for another thread's answer.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,7 +39,7 @@ class Once(Generic[K, T]):
                 return known[2]
             others = self._asking.setdefault(key, mine)
         if others is not mine:
-            return others.result()
+            return others.result(_WAIT)
         try:
             answer, life = ask()
         except BaseException as error:
