@@ -126,6 +126,25 @@ def test_a_forgotten_upload_is_begun_anew() -> None:
     assert done.told == len(DATA)
 
 
+def test_a_registry_that_loses_what_arrived_is_not_fed_without_end() -> None:
+    """It takes the first piece, refuses the second and then says that nothing has arrived, each time: the upload is
+    begun anew a few times, and the blob goes whole at last."""
+    registry = MemRegistry()
+
+    def before(asked: Asked) -> bytes | None:
+        if asked.method == "GET" and "/uploads/" in asked.path:
+            registry.uploads[asked.path.rpartition("/")[2]] = b""
+            return reply("204 No Content", Range="0-0")
+        if asked.method == "PATCH" and not asked.headers["content-range"].startswith("0-"):
+            return reply("416 Range Not Satisfiable") if asked.number < 50 else reply("400 Bad Request")
+        return None
+
+    registry.before = before
+    done = push(registry, piece=400_000)
+    assert done.methods() == [*["POST", "PATCH", "PATCH", "GET"] * 4, "POST", "PUT"]
+    assert done.told == len(DATA)
+
+
 def test_a_registry_that_knows_no_pieces_gets_the_blob_whole() -> None:
     """405 to PATCH: POST and PUT after all."""
     done = push(MemRegistry(pieces=False), piece=300_000)

@@ -167,6 +167,8 @@ class _Upload:
             raise Lost(str(error)) from None
         if arrived > self._size:
             raise Lost(f"{self.at.subject}: {arrived} bytes of {self._size} have arrived; check the registry")
+        if arrived < self.position:  # it could lose them again and again
+            raise Lost(f"{self.at.subject}: {arrived} bytes of {self.position} are left; check the registry")
         self.position = arrived
         self._data.at(arrived)
 

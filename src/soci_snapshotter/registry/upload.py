@@ -109,7 +109,7 @@ def _whole(
         try:
             with session.open_once(call) as response:
                 said = response.headers.get("Docker-Content-Digest", descriptor.digest)
-        except Transient:
+        except (Transient, Refused):
             data.at(0)
             raise
         finally:
@@ -146,6 +146,9 @@ def _pieced(
             except Lost:
                 if restart == _RESTARTS:
                     raise
+    except (Refused, Lost):
+        data.at(0)  # it may go whole yet
+        raise
     finally:
         data.close()
     raise AssertionError("unreachable: the last restart returns or raises")
