@@ -391,6 +391,50 @@ def test_a_thousand_spans_of_an_image_cost_one_token_and_no_more_connections_tha
         assert proxy.connections - before <= 8
 
 
+def test_at_the_deadline_no_other_host_is_asked() -> None:
+    """A mirror was silent until then: the error names it, and neither the next mirror nor the registry is asked."""
+    options = replace(FAST, span_timeout=20)
+    with (
+        bad_server(lambda _: None) as silent,
+        bad_server(piece) as other,
+        bad_server(piece) as home,
+        reading(mirror(silent), mirror(other), Endpoint("http", home.host), options=options) as (reader, _),
+    ):
+        with pytest.raises(Remote, match=f"{silent.host}.*no time was left"):
+            get(reader, seconds=0.3)
+        assert other.asked == home.asked == []
+        assert len(silent.asked) == 1
+
+
+def test_a_token_service_that_hangs_costs_no_more_than_the_deadline() -> None:
+    """Whoever reads a span hears of it at its deadline, not when the service's own time is over; and the token that
+    comes late is the next one's."""
+    late = threading.Event()
+
+    def registry(asked: Asked) -> bytes:
+        if asked.path.startswith("/token"):
+            late.wait(30)
+            return reply("200 OK", b'{"token": "t"}')
+        if asked.headers.get("authorization") != "Bearer t":
+            realm = f'Bearer realm="http://{asked.headers["host"]}/token"'
+            return reply("401 Unauthorized", WWW_Authenticate=realm)
+        return piece(asked)
+
+    options = replace(FAST, read_timeout=30, span_timeout=30)
+    with (
+        bad_server(registry) as home,
+        reading(Endpoint("http", home.host), options=options, login=("me", "pw")) as (reader, _),
+    ):
+        try:
+            for _ in range(2):
+                with pytest.raises(Remote, match="no token"):
+                    get(reader, seconds=0.3)
+        finally:
+            late.set()
+        assert get(reader) == BLOB[100:5000]
+        assert sum(asked.path.startswith("/token") for asked in home.asked) == 1
+
+
 def test_spans_and_manifests_go_through_the_proxy() -> None:
     """Plain http: the whole URL is asked of the proxy, which alone gets its user and password; NO_PROXY goes around."""
     with bad_server(lambda asked: piece(asked) if "range" in asked.headers else reply("200 OK", BLOB)) as way:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import ssl
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from harness.badserver import Asked, BadServer, bad_server, reply
@@ -13,11 +17,13 @@ from soci_snapshotter.errors import Integrity, NotFound, Remote
 from soci_snapshotter.formats import digest as digests
 from soci_snapshotter.formats import oci
 from soci_snapshotter.formats import reference as references
+from soci_snapshotter.formats.hosts import Tls
 from soci_snapshotter.formats.oci import Descriptor
 from soci_snapshotter.policy.retry import Retry
 from soci_snapshotter.registry.client import RegistryClient
 from soci_snapshotter.registry.options import Options
 from soci_snapshotter.registry.pool import ConnectionPool
+from soci_snapshotter.registry.proxies import from_environment
 from soci_snapshotter.registry.ranges import BlobReader
 
 BLOB = bytes(range(256)) * 40
@@ -137,6 +143,84 @@ def test_an_expired_signed_url_is_renewed() -> None:
                 assert reader.read(100, 300, time.monotonic() + 5) == BLOB[100:300]
                 pool.close()
         assert len(home.asked) == 2
+
+
+def test_a_signed_url_that_expires_under_two_flights_is_renewed_for_both() -> None:
+    """403 to the one, which asks the registry again, and only then 403 to the other: it does so too."""
+    expired, renewed = threading.Event(), threading.Event()
+    both = threading.Barrier(2)
+
+    def store_answer(asked: Asked) -> bytes:
+        if asked.path != "/one" or not expired.is_set():
+            return piece(asked)
+        if both.wait(10):  # the one of the two to whom it says 1, not 0
+            renewed.wait(10)
+        return reply("403 Forbidden")
+
+    patient = replace(FAST, span_timeout=20)
+    with bad_server(store_answer) as store:
+
+        def registry(asked: Asked) -> bytes:
+            if asked.number:
+                renewed.set()
+            return reply("302 Found", Location=f"http://{store.host}/{'two' if asked.number else 'one'}")
+
+        with (
+            bad_server(registry) as home,
+            RegistryClient(patient) as client,
+            ConnectionPool(patient) as pool,
+            ThreadPoolExecutor(2) as threads,
+        ):
+            reader = BlobReader(client, pool, references.parse(f"{home.host}/r:1"), DIGEST, len(BLOB))
+            assert reader.read(0, 100, time.monotonic() + 20) == BLOB[:100]
+            expired.set()
+            flights = [
+                threads.submit(reader.read, start, start + 100, time.monotonic() + 20) for start in (100, 300)
+            ]
+            assert [each.result(30) for each in flights] == [BLOB[100:200], BLOB[300:400]]
+        assert len(home.asked) == 3
+
+
+LONG = "9" * 5000  # int() refuses more than 4300 digits
+
+
+def test_a_length_of_thousands_of_digits_is_an_error_of_the_registry() -> None:
+    """To a body it is more than is allowed; a head that says it says nothing, and the manifest itself is asked for."""
+    wanted = Descriptor(oci.MANIFEST, digests.sha256(MANIFEST), len(MANIFEST))
+
+    def answer(asked: Asked) -> bytes:
+        named = {"Content_Type": oci.MANIFEST, "Docker_Content_Digest": wanted.digest}
+        if asked.method == "HEAD" or "/blobs/" in asked.path:
+            return reply("200 OK", Content_Length=LONG, **named)
+        return reply("200 OK", MANIFEST, **named)
+
+    with bad_server(answer) as server, RegistryClient(FAST) as client:
+        reference = references.parse(f"{server.host}/r:1")
+        assert client.resolve(reference) == wanted
+        with pytest.raises(Remote, match="bytes announced") as caught:
+            client.fetch(reference, Descriptor("application/x", DIGEST, len(BLOB)), len(BLOB))
+    assert len(str(caught.value)) < 300
+
+
+def test_no_certificate_is_read_while_the_session_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not the one for a proxy: a slow disk would hold up every request."""
+    locked: list[bool] = []
+    with bad_server(lambda _: reply("404 No")) as proxy:
+        proxies = from_environment({"HTTP_PROXY": f"http://{proxy.host}"})
+        options = replace(FAST, proxies=proxies, plain_http=lambda _: True)
+        with RegistryClient(options) as client:
+            session = client.session
+            known = session._contexts.get
+
+            def get(tls: Tls) -> ssl.SSLContext:
+                locked.append(session._lock.locked())
+                return known(tls)
+
+            monkeypatch.setattr(session._contexts, "get", get)
+            with pytest.raises(NotFound):
+                client.resolve(references.parse("registry.invalid:5000/r:1"))
+    assert locked
+    assert not any(locked)
 
 
 def test_redirect_loops_end() -> None:

@@ -162,6 +162,7 @@ class BlobRoute:
         over: set[Use] = set()
         url = self._target or self._home
         at_home = url == self._home
+        remembered = None if at_home else url  # another flight may forget it meanwhile
         for _ in range(urls.MAX_REDIRECTS + 2 + MAX_ANSWERS):  # the hops, and an expired target
             exchange = self._timed_send(url, wanted, authorization if at_home else None, until)
             status = exchange.response.status
@@ -178,9 +179,9 @@ class BlobRoute:
             if status in urls.REDIRECTS and location is not None:
                 url = urls.follow(url, location, self._subject)
                 at_home = at_home and urls.split(url)[0] == self._home_origin
-            elif url == self._target and status in _EXPIRED:
+            elif url == remembered and status in _EXPIRED:
                 self._forget(url)
-                url, at_home = self._home, True
+                url, at_home, remembered = self._home, True, None
             elif at_home and answers < MAX_ANSWERS and (status == 401 or (status == 403 and authorization)):
                 # ECR says 403, not 401, when a token has expired.
                 answers += 1
@@ -240,7 +241,7 @@ class BlobRoute:
                 self._sockets.remove(sock)
                 stale = reused and not isinstance(error, TimeoutError) and not self._sockets.stopped.is_set()
                 if stale:
-                    connection, reused = self._renewed(connection), False
+                    connection, reused = self._renewed(connection, until), False
                     continue
                 self._pool.drop(connection)
                 self._forget(url)
@@ -250,15 +251,17 @@ class BlobRoute:
                 raise
 
     def _borrow(self, peer: Peer, until: float) -> tuple[Connection, bool]:
-        dial = max(min(self._dial, until - time.monotonic()), 0.001)
         try:
-            return self._pool.borrow(peer, dial, until, self._sockets.stopped)
+            return self._pool.borrow(peer, self._dial_until(until), until, self._sockets.stopped)
         except TimeoutError as error:
             raise Transient(failures.unreachable(self._subject, error, peer.origin.place)) from None
 
-    def _renewed(self, connection: Connection) -> Connection:
+    def _dial_until(self, until: float) -> float:
+        return max(min(self._dial, until - time.monotonic()), 0.001)
+
+    def _renewed(self, connection: Connection, until: float) -> Connection:
         try:
-            return self._pool.renew(connection, self._dial)
+            return self._pool.renew(connection, self._dial_until(until))
         except BaseException:
             self._pool.drop(connection)
             raise

@@ -233,7 +233,7 @@ def _described(answer: Answer, ref: Reference) -> Descriptor | None:
         digest = digests.parse(answer.headers.get("Docker-Content-Digest", ""))
     except Invalid:
         return None
-    if not length.isdecimal() or int(length) > oci.MANIFEST_LIMIT:
+    if not length.isdecimal() or len(length) > 20 or int(length) > oci.MANIFEST_LIMIT:
         return None
     if media_type not in oci.MANIFEST_TYPES + oci.INDEX_TYPES:
         return None

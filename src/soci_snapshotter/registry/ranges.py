@@ -146,6 +146,10 @@ class BlobReader:
                 final = failure if route.last else final
             if self._sockets.stopped.is_set():
                 break
+            if not route.last and time.monotonic() >= deadline:
+                # No time to ask the others, who may have what this one has not.
+                text = f"{failure}; no time was left to ask another host"
+                return position, Transient(Remote(text))
         if final is not None:
             raise final
         return position, refusal or Transient(Remote(f"{self._subject}: not wanted any more"))

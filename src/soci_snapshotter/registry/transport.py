@@ -257,19 +257,22 @@ class Session:
 
     def _pool(self, tls: Tls, proxy: Proxy | None) -> urllib3.PoolManager:
         context = self._contexts.get(tls)
+        own = self._contexts.get(self.options.tls.without_client()) if proxy is not None else None
         with self._lock:
             known = self._pools.get((tls, proxy))
             if known is not None and known[0] is context:
                 return known[1]
             if tls.skip_verify:
                 urllib3.disable_warnings(InsecureRequestWarning)  # the user asked for it; once is enough
-            pool = self._wire.attach(patient(self._new_pool(context, proxy)))
+            pool = self._wire.attach(patient(self._new_pool(context, proxy, own)))
             self._pools[tls, proxy] = context, pool
         if known is not None:
             known[1].clear()
         return pool
 
-    def _new_pool(self, context: ssl.SSLContext, proxy: Proxy | None) -> urllib3.PoolManager:
+    def _new_pool(
+        self, context: ssl.SSLContext, proxy: Proxy | None, proxy_context: ssl.SSLContext | None
+    ) -> urllib3.PoolManager:
         most = self.options.connections
         settings: dict[str, Any] = {
             "num_pools": _POOL,
@@ -284,7 +287,7 @@ class Session:
         return urllib3.ProxyManager(
             proxy.url,
             proxy_headers={"Proxy-Authorization": proxy.authorization} if proxy.authorization else None,
-            proxy_ssl_context=self._contexts.get(self.options.tls.without_client()),
+            proxy_ssl_context=proxy_context,
             **settings,
         )
 
@@ -320,8 +323,9 @@ def read_pieces(response: Response, limit: int, subject: Subject, deadline: floa
     if encoding.lower() not in ("identity", ""):
         raise Remote(f"{subject}: answer is encoded as {encoding[:40]!r} unasked; check the registry's proxy")
     announced = response.headers.get("Content-Length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise Remote(f"{subject}: {announced} bytes announced, more than the {limit} allowed")
+    # int() takes no more than 4300 digits; 64 bits have 20.
+    if announced.isdecimal() and (len(announced) > 20 or int(announced) > limit):
+        raise Remote(f"{subject}: {announced[:21]} bytes announced, more than the {limit} allowed")
     received = 0
     try:
         while piece := response.read1(_PIECE):
